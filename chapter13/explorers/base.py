@@ -1,0 +1,229 @@
+"""What all explorers share: controls, one picture, one readout.
+
+An explorer is three things, each of which can be read and tested alone:
+
+1. a pure function from the settings to a view: a small object with the numbers to show, plus
+   `.readout` (plain text) and `.alt` (what the picture shows, in words). Where settings do not fit
+   each other it raises ValueError; the panel shows the message;
+2. a `LiveFigure` (in chapter13/plots) whose `update(view)` moves the artists;
+3. a plain function that puts both behind controls:
+
+    import ipywidgets as widgets
+    from .base import Explorer, lines
+
+    @dataclass(frozen=True)
+    class View:
+        counts: np.ndarray
+        readout: str
+        alt: str
+
+    def compute(weight, bits, group_size):
+        group_size = None if group_size == "tensor" else group_size     # see below
+        quantized = quantize_absmax(weight, bits, group_size)   # its ValueError says what to do
+        error = mse(weight, quantized.dequantize())
+        return View(
+            counts=np.bincount(...),
+            readout=lines(("mean squared error", f"{error:.2e}"), ("bits per weight", ...)),
+            alt=f"Histogram of the weights at {bits} bits: mean squared error {error:.1e}.",
+        )
+
+    def explore_bits(weight):
+        controls = {
+            "bits": widgets.IntSlider(8, 2, 8, description="bits"),
+            "group_size": widgets.SelectionSlider(
+                options=["tensor", "channel", 64, 32], description="group size"),
+        }
+        return Explorer(controls, partial(compute, weight), BarsFigure())
+
+    panel = explore_bits(weight)          # a cell that ends with `panel` shows it
+    print(panel.set(bits=4, group_size=64))       # moves the controls, returns the readout
+    panel.snapshots([{"bits": 8}, {"bits": 3}])   # a static picture for those who only read
+
+ipywidgets reads the value None as "nothing selected", so an option cannot be None.
+The names of the controls are the keyword arguments of the function. `panel.view` is the last view,
+`panel.settings` the controls' values, `panel.readout` the text that is shown.
+"""
+
+import html
+
+import ipywidgets as widgets
+import numpy as np
+from traitlets import TraitError
+
+from ..plots.picture import Picture, image_html, new_figure, pixels, small_png, style
+
+
+def lines(*rows):
+    """(label, value) pairs -> text, a line each, values aligned.
+
+    >>> print(lines(("bits", 4), ("scale", "0.0125")))
+    bits   4
+    scale  0.0125
+    """
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+
+
+class Explorer(widgets.VBox):
+    """A panel that shows what `compute(**settings)` returns, at each move of a control.
+
+    controls: name -> ipywidgets control with a `value`; the names are compute's keywords.
+    compute: pure; returns a view with `.readout` and `.alt`; its ValueError is an answer to the
+        reader ("64 does not divide 100") and is shown as such. Any other exception is a mistake of
+        ours: it is shown too, and raised.
+    figure: a LiveFigure, which is given each view.
+    """
+
+    def __init__(self, controls, compute, figure):
+        self.controls = dict(controls)
+        self.compute = compute
+        self.figure = figure
+        self.view = None
+        self.readout = ""
+        self._setting = False  # while `set` moves several controls, nothing is computed
+        for control in self.controls.values():
+            control.style.description_width = "initial"
+            control.layout.width = "auto"
+            control.layout.flex = "1 1 320px"
+            control.observe(self._moved, names="value")
+        bar = widgets.Box(
+            list(self.controls.values()),
+            layout=widgets.Layout(flex_flow="row wrap", max_width="1000px"),
+        )
+        self._picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
+        self._text = widgets.HTML()
+        super().__init__([bar, self._picture, self._text])
+        self._refresh()
+
+    @property
+    def settings(self):
+        """name -> the control's value, now."""
+        return {name: control.value for name, control in self.controls.items()}
+
+    def set(self, **settings):
+        """Move the controls named, compute once, return the readout.
+
+        Raises ValueError, and moves nothing, where there is no such control or where a control
+        cannot take the value.
+        """
+        before = self.settings
+        self._setting = True
+        try:
+            for name, value in settings.items():
+                self._move(name, value)
+        except ValueError:
+            for name, value in before.items():
+                self.controls[name].value = value
+            raise
+        finally:
+            self._setting = False
+        self._refresh()
+        return self.readout
+
+    def snapshots(self, settings):
+        """One static Picture, a row for each dict of settings; other controls stay as they are."""
+        rows, alts = [], []
+        for changed in settings:
+            view = self.compute(**{**self.settings, **changed})
+            self.figure.update(view)
+            title = ", ".join(self._say(name, value) for name, value in changed.items())
+            image = self.figure.pixels()
+            rows += [_heading(title, image.shape[1]), image]
+            alts.append(f"{title}: {view.alt}")
+        if self.view is not None:
+            self.figure.update(self.view)
+        return Picture(np.concatenate(rows), " ".join(alts))
+
+    def close(self):
+        """Let the browser and the kernel forget the panel with all its parts."""
+        bar, *rest = self.children
+        for widget in (*bar.children, bar, *rest):
+            widget.close()
+        super().close()
+
+    def _move(self, name, value):
+        if name not in self.controls:
+            raise ValueError(f"no control {name!r} here; there are: {', '.join(self.controls)}")
+        control = self.controls[name]
+        try:
+            control.value = value
+            taken = control.value == value  # a slider silently moves to its nearest end
+        except TraitError:
+            taken = False
+        if not taken:
+            raise ValueError(f"{name} cannot be {value!r}; it takes {_range(control)}")
+
+    def _say(self, name, value):
+        control = self.controls[name]
+        for label, option in _options(control):
+            if option == value:
+                value = label
+                break
+        return f"{control.description.rstrip(':')} {value}"
+
+    def _moved(self, change):
+        if not self._setting:
+            self._refresh()
+
+    def _refresh(self):
+        try:
+            view = self.compute(**self.settings)
+            self.figure.update(view)
+        except ValueError as error:
+            self._show_stale(f"These settings do not apply: {error}")
+        except Exception as error:
+            self._show_stale(f"{type(error).__name__}: {error}")
+            raise
+        else:
+            self.view = view
+            self._show(self.figure.png(), view.readout, view.alt)
+
+    def _show_stale(self, message):
+        if self.view is not None:  # update() may have stopped half way
+            self.figure.update(self.view)
+        self._show(self.figure.png(stale=True), message, message)
+
+    def _show(self, png, readout, alt):
+        self.readout = readout
+        self.alt = alt
+        with self._picture.hold_sync():
+            self._picture.value = png
+            self._picture.tooltip = alt  # becomes the <img>'s title: ipywidgets offers no alt
+        self._text.value = (
+            '<pre style="font-size: 15px; line-height: 1.45; margin: 4px 0; '
+            f'white-space: pre-wrap">{html.escape(readout)}</pre>'
+        )
+
+    def _repr_mimebundle_(self, **kwargs):
+        """The widget, and beside it what a viewer without a kernel shows: picture and readout."""
+        image = self.figure.pixels(stale=self.view is None or self.readout != self.view.readout)
+        return super()._repr_mimebundle_(**kwargs) | {
+            "text/html": image_html(small_png(image), self.alt, image.shape[1]),
+            "text/plain": self.readout,
+        }
+
+
+def _options(control):
+    """The (label, value) pairs of a dropdown or a selection slider; none for other controls."""
+    options = getattr(control, "options", ())
+    return [option if isinstance(option, tuple) else (str(option), option) for option in options]
+
+
+def _range(control):
+    """What a control takes, in words."""
+    if _options(control):
+        return ", ".join(repr(value) for _, value in _options(control))
+    if isinstance(control, widgets.FloatLogSlider):
+        return f"{control.base**control.min:g} to {control.base**control.max:g}"
+    if hasattr(control, "min"):
+        return f"{control.min:g} to {control.max:g}"
+    return f"a {type(control.value).__name__}"
+
+
+def _heading(text, width):
+    """A strip of pixels, `width` wide, that holds a line of text."""
+    with style():
+        figure, ax = new_figure(width=width / 100, height=0.4)
+        ax.set_axis_off()
+        ax.text(0, 0.5, text, fontsize=15, weight="bold", va="center", transform=ax.transAxes)
+        return pixels(figure)

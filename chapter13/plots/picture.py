@@ -1,0 +1,143 @@
+"""A finished picture with its alternative text, and the look that all pictures share.
+
+Figures are made without pyplot: nothing here changes the settings or the current figure of a
+student's own plots, and nothing has to be closed.
+"""
+
+import base64
+import html
+import io
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib.style
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+DPI = 100  # a figure 10 inches wide fills a notebook's column: 1000 pixels, 12 pt text 17 pixels
+
+# Okabe and Ito's palette, told apart by colour-blind readers too (https://jfly.uni-koeln.de/color/).
+# A role has one colour through the whole course.
+COLORS = {
+    "original": "#999999",  # the weights before quantization
+    "int8": "#0072B2",
+    "int4": "#E69F00",
+    "nf4": "#009E73",
+    "fp4": "#CC79A7",
+    "affine": "#56B4E9",  # an asymmetric grid
+    "error": "#D55E00",
+    "highlight": "#D55E00",  # the one thing to look at
+    "text": "#222222",
+    "grid": "#D9D9D9",
+}
+
+STYLE = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
+    "font.size": 13,
+    "axes.titlesize": 14,
+    "axes.titleweight": "bold",
+    "axes.labelsize": 13,
+    "xtick.labelsize": 12,
+    "ytick.labelsize": 12,
+    "legend.fontsize": 12,
+    "legend.frameon": False,
+    "text.color": COLORS["text"],
+    "axes.labelcolor": COLORS["text"],
+    "axes.edgecolor": COLORS["text"],
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": COLORS["grid"],
+    "grid.linewidth": 0.8,
+    "lines.linewidth": 2.0,
+    "figure.facecolor": "white",
+    "figure.dpi": DPI,
+    "savefig.facecolor": "white",
+}
+
+
+@contextmanager
+def style():
+    """The course's look inside a `with` block, whatever the student has set outside it."""
+    with matplotlib.style.context(["default", STYLE]):
+        yield
+
+
+def new_figure(width=10, height=4, rows=1, cols=1, **subplots):
+    """A figure of `width` x `height` inches and its axes, as `Figure.subplots` returns them.
+
+    Call it inside `style()`. Labels find their own room (constrained layout). Other keywords go
+    to `Figure.subplots`, for example `sharey=True` or `width_ratios=[2, 1]`.
+    """
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, cols, **subplots)
+
+
+def pixels(figure):
+    """The figure drawn once: uint8 (height, width, 3)."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
+
+
+def small_png(image):
+    """uint8 (height, width, 3) pixels -> PNG bytes with a palette of 256 colors."""
+    file = io.BytesIO()
+    palette = Image.fromarray(image).quantize(256, dither=Image.Dither.NONE)
+    palette.save(file, "png", optimize=True)
+    return file.getvalue()
+
+
+def image_html(png, alt, width):
+    """An HTML `<img>` that holds the PNG bytes and their alternative text.
+
+    HTML, because JupyterLab 4.6 and nbconvert 7.17 drop the `alt` that the metadata of an
+    `image/png` output may hold.
+    """
+    data = base64.b64encode(png).decode("ascii")
+    return (
+        f'<img alt="{html.escape(alt)}" width="{width}" style="max-width: 100%" '
+        f'src="data:image/png;base64,{data}">'
+    )
+
+
+class Picture:
+    """A picture as PNG bytes with alternative text: what a plotting function returns.
+
+    figure: a matplotlib Figure, or uint8 pixels (height, width, 3); drawn at once, kept as PNG.
+    alt: what the picture shows, in words, for those who do not see it. Computed numbers in it are
+    welcome, rounded: the text is stored beside the picture and compared when notebooks are tested.
+
+    Raises ValueError where the alternative text is empty.
+    """
+
+    def __init__(self, figure, alt):
+        if not alt.strip():
+            raise ValueError("a picture needs an alternative text that says what it shows")
+        image = pixels(figure) if isinstance(figure, Figure) else np.asarray(figure, np.uint8)
+        self.alt = " ".join(alt.split())
+        self.height, self.width = image.shape[:2]
+        self.png = small_png(image)
+
+    def save(self, path):
+        """Write the PNG to `path`, whole or not at all; returns the path."""
+        path = Path(path)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            part.write_bytes(self.png)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        return path
+
+    def __repr__(self):
+        return self.alt
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        return {"text/html": image_html(self.png, self.alt, self.width), "text/plain": self.alt}
