@@ -1,0 +1,69 @@
+# `make help` lists the targets. Another Python: make lab PYTHON=python3.12
+# A CPU-only torch on Linux: make lab TORCH_INDEX=<PyTorch's own index for CPU builds, see README.md>
+PYTHON ?= python3
+TORCH_INDEX ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# named after this folder: an environment whose folder was renamed has to be installed again
+STAMP := $(VENV)/.installed-$(shell pwd | cksum | cut -d ' ' -f 1)
+NOTEBOOKS := $(wildcard notebooks/[0-9][0-9]_*.ipynb)
+NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-with=tests/nbval_sanitize.cfg
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lab test data rerun reset lint mutants bench pictures pins clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make the virtual environment .venv with the pinned packages
+
+# The stamp comes last, so that an interrupted installation is taken up again by the next make.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v "$(PYTHON)" > /dev/null || { \
+		echo "No $(PYTHON) here. Install Python 3.11 or newer, or name yours: make setup PYTHON=python3.12"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$$("$(PYTHON)" --version) is too old: the course needs Python 3.11 or newer. Name yours: make setup PYTHON=python3.12"; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2> /dev/null || { \
+		echo "$(PYTHON) comes without venv. Add it, then make again:"; \
+		"$(PYTHON)" -c 'import sys; print("  sudo apt-get install python%d.%d-venv" % sys.version_info[:2])'; exit 1; }
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV)
+	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") \
+		-c constraints.txt -e '.[course,test]'
+	@touch $@
+
+data: setup ## fetch the embedded model and the texts into data/ and convert them
+	@$(BIN)/python -m chapter13.download
+
+lab: setup ## open the course in JupyterLab, fetching what is missing
+	@$(BIN)/python tools/lab.py
+
+test: data ## run every test and re-execute every notebook against its stored results
+	$(BIN)/python -m pytest tests $(if $(NOTEBOOKS),$(NBVAL) $(NOTEBOOKS))
+
+lint: setup ## check the style of code and notebooks
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+rerun: data ## execute all notebooks afresh and store their outputs, normalized
+	$(BIN)/python tools/notebooks.py rerun
+
+reset: setup ## the notebooks as they came; yours are kept beside them as my_*.ipynb
+	@$(BIN)/python tools/notebooks.py reset
+
+bench: data ## measure speed side by side with the reference libraries
+	$(BIN)/python tools/bench.py
+
+mutants: data ## break the package in many small ways and count what the tests notice (long)
+	$(BIN)/python tools/mutants.py
+
+pictures: data ## take the README's pictures afresh from a running JupyterLab
+	$(BIN)/python tools/pictures.py
+
+pins: setup ## write constraints.txt afresh: the newest versions that install together
+	$(BIN)/python tools/pins.py write
+
+clean: ## remove .venv, caches and what data fetched; notebooks, results and figures stay
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis mutants
+	find chapter13 tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+	test ! -d data || find data -mindepth 1 -maxdepth 1 ! -name results.json ! -name '*.png' -exec rm -rf {} +

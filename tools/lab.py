@@ -1,0 +1,43 @@
+"""Fetch what the course needs and open JupyterLab on its first notebook.
+
+    python tools/lab.py [NOTEBOOK] [JUPYTERLAB OPTION...]
+
+`make lab` calls this; where there is no make it is the last of three commands. JupyterLab
+listens on 127.0.0.1 with a token and prints its address, for machines without a browser.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FIRST = "notebooks/00_number_formats.ipynb"
+
+
+def lab_command(arguments):
+    """The command line that opens the notebook named first in `arguments`, or the first one."""
+    arguments = list(arguments)
+    notebook = arguments.pop(0) if arguments and arguments[0].endswith(".ipynb") else ROOT / FIRST
+    command = [sys.executable, "-m", "jupyterlab", str(Path(notebook).resolve())]
+    command += [f"--ServerApp.root_dir={ROOT}", "--ServerApp.ip=127.0.0.1"]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        command.append("--allow-root")  # a container's usual user; Jupyter refuses it otherwise
+    return command + arguments
+
+
+def main():
+    fetched = subprocess.run([sys.executable, "-m", "chapter13.download"], cwd=ROOT)
+    if fetched.returncode:
+        return fetched.returncode  # the download has said what is wrong
+    # switches off the news and update pop-ups, in this server only
+    paths = [str(ROOT / "tools" / "jupyter"), os.environ.get("JUPYTER_CONFIG_PATH")]
+    os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join(filter(None, paths))
+    try:
+        return subprocess.run(lab_command(sys.argv[1:]), cwd=ROOT).returncode
+    except KeyboardInterrupt:
+        return 0  # Ctrl-C is how a student stops JupyterLab
+
+
+if __name__ == "__main__":
+    sys.exit(main())
