@@ -1,0 +1,31 @@
+"""Companion package of the course on post-training quantization of language models.
+
+The six functions of the book's chapter, and the general ones that the notebooks build on. Reading
+order: packing, tensors, integer, codebook, errors.
+"""
+
+from chapter13.codebook import quantize_codebook
+from chapter13.errors import model_size_mb
+from chapter13.integer import (
+    dequantize_absmax_int8,
+    quantize_absmax,
+    quantize_absmax_int8,
+    quantize_affine,
+    quantize_groupwise,
+    quantize_int4_absmax,
+    quantize_per_channel,
+)
+from chapter13.tensors import QuantizedTensor
+
+__all__ = [
+    "QuantizedTensor",
+    "dequantize_absmax_int8",
+    "model_size_mb",
+    "quantize_absmax",
+    "quantize_absmax_int8",
+    "quantize_affine",
+    "quantize_codebook",
+    "quantize_groupwise",
+    "quantize_int4_absmax",
+    "quantize_per_channel",
+]

@@ -1,0 +1,178 @@
+"""Code books: NF4 and FP4 in blocks, and double quantization, bit for bit as bitsandbytes.
+
+A code is an index into a table of 16 values between -1 and 1; a block of the flattened weight is
+divided by its absmax first. NF4 (Dettmers et al. 2023, QLoRA) spaces the values so that each gets
+the same share of a normal distribution; FP4 is a tiny floating-point format. Double quantization
+quantizes the absmax values themselves to 8 bits.
+"""
+
+from functools import cache
+from statistics import NormalDist
+
+import torch
+
+from chapter13.packing import pack
+from chapter13.tensors import (
+    QuantizedTensor,
+    check_finite,
+    check_weight,
+    pieces,
+)
+
+_TINY = 1e-38  # an absmax below this counts as this much, or its reciprocal would be infinite
+_SCALES_PER_BLOCK = 256  # double quantization: this many absmax values share one scale
+
+
+@cache
+def nf4_code_book() -> torch.Tensor:
+    """The 16 values of NormalFloat4, ascending, float32 (16,).
+
+    Quantiles of the normal distribution in equal steps of probability: eight steps from the
+    outermost quantile to the median above zero, seven below, zero itself, divided by the largest.
+    The precisions mixed here are those of the published table, whose last digits depend on them.
+    """
+    outermost = 0.9677083  # the mean of 1 - 1/30 and 1 - 1/32: half a level off either side's end
+    quantile = NormalDist().inv_cdf
+    positive = [quantile(p) for p in torch.linspace(outermost, 0.5, 9)[:-1].tolist()]
+    negative = [-quantile(p) for p in torch.linspace(outermost, 0.5, 8)[:-1].tolist()]
+    values = torch.tensor(sorted([*negative, 0.0, *positive]))
+    return values / values.max()
+
+
+@cache
+def fp4_code_book() -> torch.Tensor:
+    """The 16 values of bitsandbytes' FP4 by code, float32 (16,): a sign bit and 8 magnitudes.
+
+    Not in ascending order, and not the E2M1 of the OCP standard. Code 8 is a second zero.
+    """
+    magnitudes = torch.tensor([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0]) / 12
+    return torch.cat([magnitudes, -magnitudes])
+
+
+@cache
+def dynamic_code_book() -> torch.Tensor:
+    """The signed 8-bit dynamic map (Dettmers 2015), ascending, float32 (256,).
+
+    Seven decades from 1e-7 to 1, each with twice as many values as the one below, at the centres
+    of equal intervals; and zero and one.
+    """
+    values = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1)
+        centres = (edges[:-1] + edges[1:]) / 2 * 10 ** (decade - 6)
+        values += centres.tolist() + (-centres).tolist()
+    return torch.tensor(sorted(values))
+
+
+CODE_BOOKS = {"nf4": nf4_code_book, "fp4": fp4_code_book}
+
+
+def quantize_codebook(
+    weight: torch.Tensor, kind: str = "nf4", block_size: int = 64, double_quant: bool = False
+) -> QuantizedTensor:
+    """NF4 or FP4 in blocks of the flattened weight; the last block may be short.
+
+    Any shape. Packed bytes, absmax and dequantized values equal those of bitsandbytes'
+    `quantize_4bit(weight, blocksize=block_size, quant_type=kind, compress_statistics=double_quant)`
+    on a CPU, which takes block sizes 32, 64, ... 4096; here any size does. `.scale` is the float32
+    absmax of each block, (blocks,). Raises TypeError for what is no floating-point tensor,
+    ValueError if it is empty or holds NaN or Inf, for another kind, and for a block size that is no
+    positive int.
+    """
+    if kind not in CODE_BOOKS:
+        raise ValueError(f"kind must be one of {', '.join(CODE_BOOKS)}, not {kind!r}")
+    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
+        raise ValueError(f"block_size must be a positive int, not {block_size!r}")
+    weight = check_weight(weight)
+    code_book = CODE_BOOKS[kind]()
+    blocks = weight.reshape(-1)
+    absmax = _block_absmax(blocks, block_size)
+    check_finite(weight, absmax)
+    codes = _nearest_in_blocks(blocks, absmax, block_size, code_book)
+    scale, offset = (absmax, None) if not double_quant else _quantize_scales(absmax)
+    return QuantizedTensor(
+        packed=pack(codes, 4),
+        bits=4,
+        shape=weight.shape,
+        group_size=block_size,
+        stored_scale=scale,
+        code_book=code_book,
+        scale_offset=offset,
+    )
+
+
+def _block_absmax(flat: torch.Tensor, block_size: int) -> torch.Tensor:
+    """max|w| of each block in float32; a short last block counts as 1e-38 at least."""
+    whole = flat.numel() // block_size
+    blocks = flat[: whole * block_size].view(whole, block_size)
+    absmax = torch.maximum(blocks.amax(1), -blocks.amin(1)).float()
+    rest = flat[whole * block_size :]
+    if rest.numel():
+        absmax = torch.cat([absmax, rest.abs().amax().float().clamp(min=_TINY)[None]])
+    return absmax
+
+
+def _nearest_in_blocks(flat, absmax, block_size, code_book):
+    """The codes nearest to w / absmax, uint8, flat; with an odd count one more, which means zero.
+
+    Whole blocks are multiplied by the reciprocal, a short last block is divided: bitsandbytes does
+    so, and the last bit decides the code of a weight that lies next to a midpoint.
+    """
+    order = code_book.argsort(stable=True)  # FP4's codes do not ascend
+    ascending = code_book[order]
+    midpoints = ((ascending[:-1] + ascending[1:]) / 2).tolist()
+    codes = torch.empty(flat.numel() + flat.numel() % 2, dtype=torch.int8, device=flat.device)
+
+    whole = flat.numel() // block_size
+    blocks = flat[: whole * block_size].view(whole, block_size)
+    block_codes = codes[: whole * block_size].view(whole, block_size)
+    reciprocal = (1.0 / absmax[:whole, None].clamp(min=_TINY)) if whole else absmax
+    for rows, columns in pieces(whole, block_size):
+        scaled = torch.mul(blocks[rows, columns], reciprocal[rows])
+        block_codes[rows, columns] = _count_below(scaled, midpoints)
+    rest = flat[whole * block_size :].float() / absmax[whole:]
+    rest = torch.nn.functional.pad(rest, (0, flat.numel() % 2))
+    codes[whole * block_size :] = _count_below(rest, midpoints)
+
+    codes = codes.view(torch.uint8)
+    if torch.equal(order, torch.arange(16)):
+        return codes
+    return order.to(codes)[codes.int()]
+
+
+def _count_below(scaled: torch.Tensor, midpoints: list[float]) -> torch.Tensor:
+    """How many midpoints lie below each value: the rank of the nearest code, a tie to the lower.
+
+    Fifteen comparisons that stay in the cache beat a binary search by far, and in torch a
+    comparison is fastest when its answer is a float.
+    """
+    rank = torch.gt(scaled, midpoints[0], out=torch.empty_like(scaled))
+    above = torch.empty_like(scaled)
+    for midpoint in midpoints[1:]:
+        rank += torch.gt(scaled, midpoint, out=above)
+    return rank
+
+
+def _quantize_scales(absmax: torch.Tensor) -> tuple[QuantizedTensor, torch.Tensor]:
+    """Double quantization: the absmax values less their mean, in 8 bits, and that mean.
+
+    bitsandbytes' CPU code first rounds absmax / scale to one of 65536 equal steps from -1 to 1,
+    then takes the nearest code. Without that rounding one code in a thousand would differ.
+    """
+    code_book = dynamic_code_book().to(absmax.device)
+    offset = absmax.mean()
+    centred = absmax - offset
+    scale = torch.stack([block.abs().amax() for block in centred.split(_SCALES_PER_BLOCK)])
+    reciprocal = (1 / scale).repeat_interleave(_SCALES_PER_BLOCK)[: len(centred)]
+    scaled = (centred * reciprocal).clamp_(-1, 1).nan_to_num_(-1)  # 0 / 0 takes the first code
+    step = ((scaled + 1) * 32767.5 + 0.5).floor_()
+    midpoints = (code_book[:-1] + code_book[1:]) / 2
+    codes = torch.bucketize(step / 32767.5 - 1, midpoints)
+    return QuantizedTensor(
+        packed=codes.to(torch.uint8),
+        bits=8,
+        shape=absmax.shape,
+        group_size=_SCALES_PER_BLOCK,
+        stored_scale=scale,
+        code_book=code_book,
+    ), offset
