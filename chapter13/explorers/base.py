@@ -9,7 +9,7 @@ An explorer is three things, each of which can be read and tested alone:
 3. a plain function that puts both behind controls:
 
     import ipywidgets as widgets
-    from .base import Explorer, lines
+    from chapter13.explorers.base import Explorer, lines
 
     @dataclass(frozen=True)
     class View:
@@ -50,7 +50,7 @@ import ipywidgets as widgets
 import numpy as np
 from traitlets import TraitError
 
-from ..plots.picture import Picture, image_html, new_figure, pixels, small_png, style
+from chapter13.plots.picture import Picture, new_figure, pixels, png_bundle, small_png, style
 
 
 def lines(*rows):
@@ -197,10 +197,9 @@ class Explorer(widgets.VBox):
     def _repr_mimebundle_(self, **kwargs):
         """The widget, and beside it what a viewer without a kernel shows: picture and readout."""
         image = self.figure.pixels(stale=self.view is None or self.readout != self.view.readout)
-        return super()._repr_mimebundle_(**kwargs) | {
-            "text/html": image_html(small_png(image), self.alt, image.shape[1]),
-            "text/plain": self.readout,
-        }
+        data, metadata = png_bundle(small_png(image), self.alt, image.shape[1])
+        widget = super()._repr_mimebundle_(**kwargs)
+        return widget | data | {"text/plain": self.readout}, metadata
 
 
 def _options(control):

@@ -13,7 +13,7 @@ A function that ends a notebook cell with such a picture shows it with its alter
 `live.LiveFigure` is the figure of an explorer, whose artists move without drawing the axes again.
 """
 
-from .live import LiveFigure
-from .picture import COLORS, Picture, new_figure, style
+from chapter13.plots.live import LiveFigure
+from chapter13.plots.picture import COLORS, Picture, new_figure, style
 
 __all__ = ["COLORS", "LiveFigure", "Picture", "new_figure", "style"]

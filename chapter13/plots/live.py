@@ -25,7 +25,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from .picture import new_figure, style
+from chapter13.plots.picture import new_figure, style
 
 
 class LiveFigure:

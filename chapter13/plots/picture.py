@@ -13,6 +13,7 @@ from pathlib import Path
 
 import matplotlib.style
 import numpy as np
+from IPython.display import display
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -94,17 +95,10 @@ def small_png(image):
     return file.getvalue()
 
 
-def image_html(png, alt, width):
-    """An HTML `<img>` that holds the PNG bytes and their alternative text.
-
-    HTML, because JupyterLab 4.6 and nbconvert 7.17 drop the `alt` that the metadata of an
-    `image/png` output may hold.
-    """
-    data = base64.b64encode(png).decode("ascii")
-    return (
-        f'<img alt="{html.escape(alt)}" width="{width}" style="max-width: 100%" '
-        f'src="data:image/png;base64,{data}">'
-    )
+def png_bundle(png, alt, width):
+    """(data, metadata) of a notebook output: the PNG and its alternative text."""
+    data = {"image/png": base64.b64encode(png).decode("ascii"), "text/plain": alt}
+    return data, {"image/png": {"alt": alt, "width": width}}
 
 
 class Picture:
@@ -140,4 +134,18 @@ class Picture:
         return self.alt
 
     def _repr_mimebundle_(self, include=None, exclude=None):
-        return {"text/html": image_html(self.png, self.alt, self.width), "text/plain": self.alt}
+        return png_bundle(self.png, self.alt, self.width)
+
+    def _ipython_display_(self):
+        """The picture, and below it the alternative text as its caption.
+
+        JupyterLab 4.6 and nbconvert 7.17 drop the `alt` in an image's metadata, so the words stand
+        where everybody can read them. They are compared when notebooks are tested.
+        """
+        data, metadata = png_bundle(self.png, self.alt, self.width)
+        display(data, metadata=metadata, raw=True)
+        caption = (
+            f'<p style="max-width: {self.width}px; margin: 0; font-size: 14px; color: #555">'
+            f"{html.escape(self.alt)}</p>"
+        )
+        display({"text/html": caption, "text/plain": self.alt}, raw=True)
