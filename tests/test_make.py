@@ -1,0 +1,185 @@
+"""The Makefile does what `make help` says, in a folder of its own with a Python that only logs."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tools import lab, pins
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+# Stands for the system's Python. `-m venv` makes .venv/bin/python, another logging script;
+# the real Python answers the questions about its version.
+FAKE_PYTHON = """\
+#!/bin/sh
+case "$*" in
+    "-m venv --clear .venv")
+        mkdir -p .venv/bin
+        cp venv_python .venv/bin/python
+        echo "venv" >> log ;;
+    *) exec {python} "$@" ;;
+esac
+"""
+VENV_PYTHON = """\
+#!/bin/sh
+case "$*" in
+    "-m pip --version") exit 0 ;;
+    "-m pip install"*) echo "install" >> log; test ! -e offline ;;
+    *) echo "python $*" >> log ;;
+esac
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the Makefile, a notebook, a student's copy, and a Python that only logs."""
+    for name in "Makefile", "pyproject.toml", "constraints.txt":
+        shutil.copy(pins.ROOT / name, tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    for name in "00_first.ipynb", "my_00_first_1.ipynb":
+        (tmp_path / "notebooks" / name).write_text("{}")
+    script(tmp_path / "python", FAKE_PYTHON.format(python=shlex.quote(sys.executable)))
+    script(tmp_path / "venv_python", VENV_PYTHON)
+    return tmp_path
+
+
+def script(path, text):
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def make(folder, *arguments, python="./python"):
+    """Run make in `folder` as from a plain shell: without what an outer `make test` hands on."""
+    inherited = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTHON", "TORCH_INDEX"}
+    environment = {name: value for name, value in os.environ.items() if name not in inherited}
+    command = ["make", "--no-print-directory", f"PYTHON={python}", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def log(folder):
+    path = folder / "log"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_help_is_the_default_and_lists_every_target(folder):
+    text = (folder / "Makefile").read_text()
+    targets = set(re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split())
+    result = make(folder)
+    assert result.stdout == make(folder, "help").stdout
+    assert set(re.findall(r"^  make (\w+) +\S.*$", result.stdout, re.MULTILINE)) == targets
+    wanted = {"setup", "lab", "test", "data", "rerun", "reset", "lint", "mutants", "bench", "clean"}
+    assert wanted <= targets
+
+
+def test_setup_installs_once(folder):
+    assert make(folder, "setup").returncode == 0
+    assert make(folder, "setup").returncode == 0
+    assert log(folder) == ["venv", "install"]
+
+
+def test_setup_installs_again_when_the_pins_change(folder):
+    assert make(folder, "setup").returncode == 0
+    newer = max(path.stat().st_mtime for path in (folder / ".venv").iterdir()) + 10
+    os.utime(folder / "constraints.txt", (newer, newer))
+    assert make(folder, "setup").returncode == 0
+    assert log(folder) == ["venv", "install", "install"]
+
+
+def test_setup_installs_again_when_the_folder_was_renamed(folder):
+    assert make(folder, "setup").returncode == 0
+    moved = folder.rename(folder.with_name("renamed"))
+    assert make(moved, "setup").returncode == 0
+    assert log(moved) == ["venv", "install", "install"]
+
+
+def test_a_failed_installation_is_taken_up_again(folder):
+    (folder / "offline").touch()
+    assert make(folder, "test").returncode != 0
+    assert log(folder) == ["venv", "install"]
+    (folder / "offline").unlink()
+    assert make(folder, "setup").returncode == 0
+    assert log(folder) == ["venv", "install", "install"]
+
+
+def test_half_an_environment_is_made_again(folder):
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    script(folder / ".venv" / "bin" / "python", "#!/bin/sh\nexit 1\n")  # a Python without pip
+    assert make(folder, "setup").returncode == 0
+    assert log(folder) == ["venv", "install"]
+
+
+def test_setup_names_a_missing_python(folder):
+    result = make(folder, "setup", python="/nonexistent")
+    assert result.returncode != 0
+    assert "No /nonexistent here. Install Python 3.11 or newer" in result.stdout
+
+
+def test_setup_names_an_old_python(folder):
+    script(folder / "old", '#!/bin/sh\ntest "$1" = --version && echo Python 3.9.2\n')
+    result = make(folder, "setup", python="./old")
+    assert result.returncode != 0
+    assert "Python 3.9.2 is too old: the course needs Python 3.11 or newer" in result.stdout
+
+
+def test_setup_says_how_to_add_venv(folder):
+    real = shlex.quote(sys.executable)
+    without = f'#!/bin/sh\ncase "$*" in *ensurepip*) exit 1 ;; *) exec {real} "$@" ;; esac\n'
+    script(folder / "without", without)
+    result = make(folder, "setup", python="./without")
+    assert result.returncode != 0
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert f"  sudo apt-get install python{version}-venv\n" in result.stdout
+
+
+def test_torch_index_reaches_pip(folder):
+    with_index = make(folder, "-n", "setup", "TORCH_INDEX=https://example.org/cpu").stdout
+    assert '--extra-index-url "https://example.org/cpu"' in with_index
+    assert "index" not in make(folder, "-n", "setup").stdout
+
+
+def test_test_runs_tests_and_strict_nbval_over_the_course_alone(folder):
+    assert make(folder, "test").returncode == 0
+    *_, download, pytest_line = log(folder)
+    assert download == "python -m chapter13.download"
+    words = pytest_line.split()
+    assert words[:4] == ["python", "-m", "pytest", "tests"]
+    assert {"--nbval", "--nbval-current-env", "notebooks/00_first.ipynb"} <= set(words)
+    assert "--nbval-lax" not in words
+    assert not [word for word in words if "my_" in word]
+
+
+def test_clean_removes_what_was_made_and_nothing_else(folder):
+    assert make(folder, "setup").returncode == 0
+    kept = ["data/results.json", "data/figure.png", "notebooks/.ipynb_checkpoints/mine.ipynb"]
+    removed = ["data/model/weights", "data/text.bz2", "tests/__pycache__/a.pyc", ".ruff_cache/b"]
+    for name in kept + removed:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    for name in "chapter13", "tests", "tools":
+        (folder / name).mkdir(exist_ok=True)
+    kept += ["notebooks/00_first.ipynb", "notebooks/my_00_first_1.ipynb", "Makefile"]
+    assert make(folder, "clean").returncode == 0
+    assert all((folder / name).exists() for name in kept)
+    assert not [name for name in [*removed, ".venv"] if (folder / name).exists()]
+    assert make(folder, "clean").returncode == 0
+
+
+def test_lab_listens_on_this_machine_alone_and_opens_the_first_notebook():
+    command = lab.lab_command([])
+    assert command[:3] == [sys.executable, "-m", "jupyterlab"]
+    assert command[3] == str(pins.ROOT / "notebooks" / "00_number_formats.ipynb")
+    assert "--ServerApp.ip=127.0.0.1" in command
+    assert not [word for word in command if "token" in word]  # Jupyter's own, a random one
+    assert ("--allow-root" in command) == (hasattr(os, "geteuid") and os.geteuid() == 0)
+
+
+def test_lab_takes_another_notebook_and_options():
+    command = lab.lab_command(["notebooks/07_distributions.ipynb", "--no-browser"])
+    assert command[3].endswith("07_distributions.ipynb")
+    assert command[-1] == "--no-browser"
