@@ -76,8 +76,8 @@ def quantize_codebook(
     `quantize_4bit(weight, blocksize=block_size, quant_type=kind, compress_statistics=double_quant)`
     on a CPU, which takes block sizes 32, 64, ... 4096; here any size does. `.scale` is the float32
     absmax of each block, (blocks,). Raises TypeError for what is no floating-point tensor,
-    ValueError if it is empty or holds NaN or Inf, for another kind, and for a block size that is no
-    positive int.
+    ValueError if it is empty or holds NaN or Inf, for another kind, for a block size that is no
+    positive int, and if double quantization would overflow.
     """
     if kind not in CODE_BOOKS:
         raise ValueError(f"kind must be one of {', '.join(CODE_BOOKS)}, not {kind!r}")
@@ -161,6 +161,11 @@ def _quantize_scales(absmax: torch.Tensor) -> tuple[QuantizedTensor, torch.Tenso
     """
     code_book = dynamic_code_book().to(absmax.device)
     offset = absmax.mean()
+    if not offset.isfinite():
+        raise ValueError(
+            f"the sum of {len(absmax)} absmax values up to {absmax.max().item():.3g} is beyond "
+            "float32: double quantization cannot take their mean; use double_quant=False"
+        )
     centred = absmax - offset
     scale = torch.stack([block.abs().amax() for block in centred.split(_SCALES_PER_BLOCK)])
     reciprocal = (1 / scale).repeat_interleave(_SCALES_PER_BLOCK)[: len(centred)]

@@ -112,7 +112,8 @@ def quantize_affine(
 
     The range of a group always includes zero, so zero stays exact (Jacob et al. 2018, section
     2.1). The error of a weight is at most scale / 2 with float32 scales; a scale rounded to float16
-    adds up to (2**bits - 1) / 2048 of a step.
+    adds up to (2**bits - 1) / 2048 of a step. Raises as `quantize_absmax`, and ValueError for
+    weights so large that the grid would end beyond float32.
     """
     _check_bits(bits)
     weight = check_weight(weight)
@@ -120,14 +121,17 @@ def quantize_affine(
     levels = 2**bits - 1
     low = groups.amin(1, keepdim=True).float().clamp_(max=0)
     high = groups.amax(1, keepdim=True).float().clamp_(min=0)
-    check_finite(weight, high - low.clamp(min=-1))  # the difference itself may overflow
-    check_finite(weight, low)
-    span = high - low
-    scale = torch.where(span.isinf(), high / levels - low / levels, span / levels)
-    scale = round_scale(scale, high.double() - low, levels, scale_dtype)
+    check_finite(weight, torch.maximum(high, -low))
+    scale = round_scale((high - low) / levels, high.double() - low, levels, scale_dtype)
 
     divisor = _divisor(scale)
     zero_point = (-low / divisor).round_().clamp_(0, levels)
+    ends = torch.maximum(zero_point, levels - zero_point) * scale
+    if not ends.isfinite().all():  # the grid reaches up to half a step beyond the weights
+        raise ValueError(
+            f"weights from {low.min().item():.3g} to {high.max().item():.3g} need a grid that ends "
+            "beyond float32: divide the weight by some power of two first"
+        )
     codes = torch.empty(groups.shape, dtype=torch.uint8, device=groups.device)
     for rows, columns in pieces(*groups.shape):
         piece = torch.div(groups[rows, columns], divisor[rows]).round_()

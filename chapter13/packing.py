@@ -29,7 +29,8 @@ def packed_size(count: int, bits: int) -> int:
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Packs uint8 codes of any shape, each below 2**bits, into `packed_size` bytes.
 
-    Unused bits of the last byte are zero. Raises ValueError if `bits` is not 2 to 8 or a code does
+    Unused bits of the last byte are zero. Codes of 8 bits are bytes already: they come back as they
+    are, without a copy. Raises ValueError if `bits` is not 2 to 8 or a code does
     not fit, TypeError if the codes are not uint8.
     """
     _check_bits(bits)
@@ -39,7 +40,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if codes.numel() and int(codes.max()) >= 1 << bits:
         raise ValueError(f"code {int(codes.max())} does not fit in {bits} bits")
     if bits == 8:
-        return codes.clone()
+        return codes
 
     lane, width = _lane(bits)
     codes_in_lane, bytes_in_lane = lane // 8, width // 8
@@ -55,7 +56,9 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         rows = packed[first : first + len(merged)]
         for byte in range(bytes_in_lane):  # the word's highest byte comes first in the stream
             rows[:, byte] = merged[:, bytes_in_lane - 1 - byte]
-    return packed.view(-1)[: packed_size(codes.numel(), bits)]
+    size = packed_size(codes.numel(), bits)
+    # a slice of a longer tensor would keep the bytes that it does not show
+    return packed.view(-1) if packed.numel() == size else packed.view(-1)[:size].clone()
 
 
 def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:

@@ -192,8 +192,9 @@ def round_scale(
     """The scales in `dtype`, such that `steps` of them reach `reach` to within half a step.
 
     Rounding can break this for subnormal scales only. A float32 scale is then taken one number
-    up, so nothing is clipped. Raises ValueError, naming float32, for a scale that float16 or
-    bfloat16 cannot hold: too large, or so small that the rounded grid falls short.
+    up, so nothing is clipped; and one number down where the last step would be Inf. Raises
+    ValueError, naming float32, for a scale that float16 or bfloat16 cannot hold: too large, or so
+    small that the rounded grid falls short.
     """
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"scale_dtype must be float32, float16 or bfloat16, not {dtype}")
@@ -201,7 +202,9 @@ def round_scale(
     # in float64, or the comparison would itself be lost among subnormals
     short = reach.double() > (steps + 0.5) * rounded.double()
     if dtype == torch.float32:
-        return torch.where(short, torch.nextafter(rounded, rounded.new_tensor(torch.inf)), rounded)
+        up, down = (torch.nextafter(rounded, rounded.new_tensor(end)) for end in (torch.inf, 0.0))
+        rounded = torch.where(short, up, rounded)
+        return torch.where((steps * rounded).isinf(), down, rounded)
     bad = short | rounded.isinf()
     if bad.any():
         raise ValueError(

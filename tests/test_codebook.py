@@ -1,0 +1,246 @@
+"""Code books against bitsandbytes, byte for byte, on random and nasty tensors."""
+
+import math
+
+import pytest
+import torch
+
+from chapter13 import quantize_codebook
+from chapter13.codebook import (
+    CODE_BOOKS,
+    dynamic_code_book,
+    fp4_code_book,
+    nf4_code_book,
+)
+from chapter13.packing import unpack
+
+functional = pytest.importorskip("bitsandbytes.functional", reason="parity needs bitsandbytes")
+
+BLOCK_SIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_torch_compile():
+    """bitsandbytes compiles its fallbacks for each new shape: slow, and the result is the same."""
+    before, torch._dynamo.config.disable = torch._dynamo.config.disable, True
+    yield
+    torch._dynamo.config.disable = before
+
+
+def random(shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def zero_block(shape):
+    weight = random(shape)
+    weight.view(-1)[: max(1, weight.numel() // 2)] = 0
+    return weight
+
+
+def one_outlier(shape):
+    weight = random(shape)
+    weight.view(-1)[weight.numel() // 2] = -1e6
+    return weight
+
+
+def midpoints(shape):
+    """Values on the midpoints between codes and one float32 number beside, absmax 1."""
+    codes = torch.cat([nf4_code_book(), fp4_code_book()]).sort().values
+    middle = (codes[1:] + codes[:-1]) / 2
+    for ascending in (nf4_code_book(), fp4_code_book().sort().values):
+        middle = torch.cat([middle, (ascending[1:] + ascending[:-1]) / 2])
+    values = [torch.nextafter(middle, middle + side) for side in (-1, 0, 1)]
+    values = torch.cat([torch.ones(1), *values, torch.zeros(1), -torch.zeros(1)])
+    return values.repeat(math.prod(shape) // len(values) + 1)[: math.prod(shape)].view(shape)
+
+
+TENSORS = {
+    "normal": random,
+    "heavy tails": lambda shape: random(shape) ** 5,
+    "constant": lambda shape: torch.full(shape, -0.3),
+    "zero": torch.zeros,
+    "half zero": zero_block,
+    "one outlier": one_outlier,
+    "midpoints": midpoints,
+    "float16": lambda shape: random(shape).half(),
+    "bfloat16": lambda shape: random(shape).bfloat16(),
+    "around 1e-38": lambda shape: random(shape) * 3e-38,
+    "subnormal": lambda shape: random(shape) * 1e-39,
+    "deeply subnormal": lambda shape: random(shape) * 1e-44,
+    "huge": lambda shape: random(shape).clamp(-3, 3) * 1e34,
+}
+# even and odd counts; below, at and above a block; the last block short, or a single weight
+SHAPES = [(256, 256), (13, 7), (3,), (1,), (4097,), (5, 1024), (1000, 33), (2, 3, 96)]
+
+
+@pytest.mark.parametrize("kind", CODE_BOOKS)
+def test_code_books_are_those_of_bitsandbytes(kind):
+    assert torch.equal(CODE_BOOKS[kind](), functional.get_4bit_type(kind, device="cpu"))
+
+
+def test_dynamic_map_is_that_of_bitsandbytes():
+    assert torch.equal(dynamic_code_book(), functional.create_dynamic_map(signed=True))
+
+
+@pytest.mark.parametrize("make", TENSORS.values(), ids=TENSORS)
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("kind", CODE_BOOKS)
+def test_same_bytes_as_bitsandbytes(kind, block_size, make):
+    for shape in SHAPES:
+        weight = make(shape)
+        packed, state = functional.quantize_4bit(weight, blocksize=block_size, quant_type=kind)
+        ours = quantize_codebook(weight, kind, block_size)
+        assert torch.equal(ours.packed, packed.view(-1))
+        assert torch.equal(ours.scale, state.absmax)
+        expected = functional.dequantize_4bit(packed, state).view(shape)
+        assert torch.equal(ours.dequantize(weight.dtype), expected)
+
+        packed, state = functional.quantize_4bit(
+            weight, blocksize=block_size, quant_type=kind, compress_statistics=True
+        )
+        ours = quantize_codebook(weight, kind, block_size, double_quant=True)
+        assert torch.equal(ours.packed, packed.view(-1))
+        assert torch.equal(ours.stored_scale.packed, state.absmax.view(-1))
+        assert torch.equal(ours.stored_scale.scale, state.state2.absmax)
+        assert torch.equal(ours.scale_offset, state.offset)
+        expected = functional.dequantize_4bit(packed, state).view(shape)
+        assert torch.equal(ours.dequantize(weight.dtype), expected)
+
+
+def test_scales_are_quantized_as_by_bitsandbytes():
+    # many absmax values, of all magnitudes, and next to where two codes meet
+    steps = (torch.arange(65536.0) + 0.5) / 32767.5 - 1
+    generator = torch.Generator().manual_seed(1)
+    for factor in (1.0, 1e-3, 1e5):
+        absmax = torch.cat([steps, torch.rand(70000, generator=generator) - 0.5]) + 1
+        weight = (absmax * factor)[:, None].expand(-1, 32)
+        _, state = functional.quantize_4bit(
+            weight.contiguous(), blocksize=32, compress_statistics=True
+        )
+        ours = quantize_codebook(weight, "fp4", 32, double_quant=True)
+        assert torch.equal(ours.stored_scale.packed, state.absmax.view(-1))
+        assert torch.equal(
+            ours.scale, functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+        )
+
+
+def test_several_pieces():
+    weight = random((1500, 1000))  # more than five pieces, the last block short
+    packed, state = functional.quantize_4bit(weight, blocksize=4096, quant_type="nf4")
+    ours = quantize_codebook(weight, block_size=4096)
+    assert torch.equal(ours.packed, packed.view(-1))
+    assert torch.equal(ours.dequantize(), functional.dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("kind", CODE_BOOKS)
+@pytest.mark.parametrize("block_size", [1, 3, 7, 48, 100])
+def test_other_block_sizes_take_the_nearest_code(kind, block_size):
+    weight = random((10, 33))
+    quantized = quantize_codebook(weight, kind, block_size)
+    blocks = weight.view(-1).split(block_size)
+    assert quantized.scale.tolist() == [block.abs().max().item() for block in blocks]
+    values = torch.cat([block / block.abs().max() for block in blocks])
+    distance = (values[:, None] - quantized.code_book).abs()
+    chosen = distance.gather(1, quantized.codes().view(-1, 1).long())[:, 0]
+    # two codes at the same distance but for rounding: either is nearest
+    assert (chosen <= distance.min(1).values + 2.0**-23).all()
+
+
+@pytest.mark.parametrize("kind", CODE_BOOKS)
+def test_idempotent_and_sign(kind):
+    weight = random((64, 64))
+    once = quantize_codebook(weight, kind)
+    twice = quantize_codebook(once.dequantize(), kind)
+    assert torch.equal(once.scale, twice.scale)
+    assert torch.equal(once.dequantize(), twice.dequantize())
+    scaled = quantize_codebook(weight * 8, kind)
+    assert torch.equal(once.packed, scaled.packed)
+    assert torch.equal(once.scale * 8, scaled.scale)
+    if kind == "fp4":  # NF4 has one level more above zero than below
+        mirrored = quantize_codebook(-weight, kind)
+        assert torch.equal(once.dequantize(), -mirrored.dequantize())
+
+
+def test_error_is_at_most_half_the_widest_gap():
+    weight = random((64, 64))
+    quantized = quantize_codebook(weight)
+    half_gap = nf4_code_book().diff().max() / 2
+    error = (quantized.dequantize() - weight).abs().view(-1, 64)
+    assert (error <= quantized.scale[:, None] * (half_gap + 2.0**-22)).all()
+
+
+def test_bytes_really_held():
+    weight = random((256, 256))
+    plain, double = quantize_codebook(weight), quantize_codebook(weight, double_quant=True)
+    assert plain.bits_per_weight == 4.5
+    assert plain.nbytes == 256 * 256 // 2 + 1024 * 4
+    # 1024 absmax values in a byte each, 4 second scales and the mean in float32
+    assert double.nbytes == 256 * 256 // 2 + 1024 + 4 * 4 + 4
+    large = quantize_codebook(random((1024, 1024)), double_quant=True)
+    assert round(large.bits_per_weight, 3) == 4.127
+    for quantized in (plain, double):
+        assert quantized.codes().dtype == torch.uint8
+        assert quantized.scale.dtype == torch.float32
+        assert quantized.zero_point is None
+        assert (quantized.bits, quantized.group_size) == (4, 64)
+
+
+def test_unused_half_byte_means_zero():
+    for kind, zero in (("nf4", 7), ("fp4", 0)):
+        packed = quantize_codebook(torch.ones(3), kind).packed
+        assert unpack(packed, 4, 4)[3] == zero
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3, 5)])
+def test_any_shape(shape):
+    quantized = quantize_codebook(random(shape))
+    assert quantized.codes().shape == quantized.dequantize().shape == shape
+
+
+def test_parameters_and_views():
+    weight = random((64, 64))
+    expected = quantize_codebook(weight.t().contiguous())
+    assert torch.equal(quantize_codebook(weight.t()).packed, expected.packed)
+    assert torch.equal(
+        quantize_codebook(torch.nn.Parameter(weight)).packed, quantize_codebook(weight).packed
+    )
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="kind must be one of nf4, fp4, not 'int4'"):
+        quantize_codebook(torch.ones(4), "int4")
+    for wrong in (0, -64, 64.0, None, True):
+        with pytest.raises(ValueError, match="block_size must be a positive int, not"):
+            quantize_codebook(torch.ones(4), block_size=wrong)
+    for position in (0, 69):  # in a whole block and in the short last one
+        weight = torch.ones(70)
+        weight[position] = math.nan
+        with pytest.raises(ValueError, match=rf"1 NaN or Inf among 70.*nan at \[{position}\]"):
+            quantize_codebook(weight)
+    huge = torch.full((100, 64), 1e38)
+    assert torch.equal(quantize_codebook(huge).dequantize(), huge)
+    with pytest.raises(ValueError, match=r"100 absmax values up to 1e\+38 is beyond float32"):
+        quantize_codebook(huge, double_quant=True)
+    with pytest.raises(TypeError, match="must be floating point"):
+        quantize_codebook(torch.ones(4, dtype=torch.int32))
+    with pytest.raises(ValueError, match="is empty"):
+        quantize_codebook(torch.ones(0))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", CODE_BOOKS)
+def test_same_bytes_on_a_gpu(kind):
+    for double_quant in (False, True):
+        ours, expected = (
+            quantize_codebook(w, kind, double_quant=double_quant)
+            for w in (random((100, 33)).cuda(), random((100, 33)))
+        )
+        assert torch.equal(ours.packed.cpu(), expected.packed)
+        if not double_quant:  # the mean of the scales may differ in its last bit
+            assert torch.equal(ours.dequantize().cpu(), expected.dequantize())
+
+
+def test_repr():
+    assert repr(quantize_codebook(torch.ones(2, 64))) == (
+        "QuantizedTensor(code book, shape=(2, 64), bits=4, group_size=64, 4.5 bits per weight)"
+    )
