@@ -48,7 +48,7 @@ import html
 
 import ipywidgets as widgets
 import numpy as np
-from traitlets import TraitError
+from traitlets import TraitError, Unicode
 
 from chapter13.plots.picture import Picture, new_figure, pixels, png_bundle, small_png, style
 
@@ -62,6 +62,15 @@ def lines(*rows):
     """
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+
+
+class WordedImage(widgets.Image):
+    """An image whose tooltip reaches the browser: the `title` that screen readers read out.
+
+    ipywidgets gives an image neither an `alt` nor the description without which it shows no title.
+    """
+
+    description = Unicode("").tag(sync=True)
 
 
 class Explorer(widgets.VBox):
@@ -90,7 +99,7 @@ class Explorer(widgets.VBox):
             list(self.controls.values()),
             layout=widgets.Layout(flex_flow="row wrap", max_width="1000px"),
         )
-        self._picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
+        self._picture = WordedImage(format="png", layout=widgets.Layout(max_width="100%"))
         self._text = widgets.HTML()
         super().__init__([bar, self._picture, self._text])
         self._refresh()
@@ -188,7 +197,7 @@ class Explorer(widgets.VBox):
         self.alt = alt
         with self._picture.hold_sync():
             self._picture.value = png
-            self._picture.tooltip = alt  # becomes the <img>'s title: ipywidgets offers no alt
+            self._picture.tooltip = alt
         self._text.value = (
             '<pre style="font-size: 15px; line-height: 1.45; margin: 4px 0; '
             f'white-space: pre-wrap">{html.escape(readout)}</pre>'
