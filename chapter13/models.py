@@ -1,4 +1,7 @@
-"""Load the course's embedded model, or any causal language model by its Hugging Face id."""
+"""Load the course's embedded model, or any causal language model by its Hugging Face id.
+
+Weights come from safetensors files alone: they hold numbers, where a pickle may hold a program.
+"""
 
 from pathlib import Path
 
@@ -8,6 +11,69 @@ from chapter13.download import require
 
 EMBEDDED = "smollm2-135m"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+HUB_TIMEOUT = 5  # seconds
+
+
+def load(name: str = EMBEDDED, device: str | torch.device | None = None):
+    """A causal language model in float32, ready to evaluate, and its tokenizer.
+
+    `name`: "smollm2-135m", the embedded model, for which no network is touched; else the id of a
+    model on the Hugging Face hub, such as "gpt2", or a folder that holds one.
+    `device`: None takes the GPU when there is one, else the CPU.
+
+    Returns (model, tokenizer), as transformers' Auto classes make them. On the CPU the weights are
+    views of the mapped file, which programs that run side by side share in memory.
+
+    Raises FileNotFoundError when the embedded model was not fetched yet, ConnectionError when the
+    hub is out of reach and has not been asked for this model before, OSError (by transformers) when
+    there is no such model or it has no safetensors file.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == EMBEDDED:
+        source, local = str(require(EMBEDDED)), True
+    else:
+        source, local = name, Path(name).is_dir() or not _hub_answers(name)
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    safe = {"trust_remote_code": False, "local_files_only": local}
+    bars = logging.is_progress_bar_enabled()
+    if local:
+        logging.disable_progress_bar()  # over before it can be read
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **safe)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True, **safe
+        )
+    except OSError as error:
+        if not local or Path(source).is_dir():
+            raise
+        raise ConnectionError(
+            f"The Hugging Face hub cannot be reached, and {name!r} is not among the models fetched "
+            f"from it before. Without a network use the embedded model: load({EMBEDDED!r})."
+        ) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    return model.to(device).eval(), tokenizer
+
+
+def _hub_answers(name: str) -> bool:
+    """One question with a time limit: offline, transformers would retry for 23 seconds."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().model_info(name, timeout=HUB_TIMEOUT)
+    except HfHubHTTPError:
+        return True  # an answer: no such model, or not for us; transformers will say so
+    except ValueError:
+        raise  # no id that a model could have
+    except Exception:  # no network, no name service, a proxy in the way, HF_HUB_OFFLINE
+        return False
+    return True
 
 
 def linear_weights(path: Path | str | None = None) -> dict[str, torch.Tensor]:

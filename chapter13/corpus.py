@@ -1,0 +1,103 @@
+"""Tokens to calibrate and to evaluate with, from texts that have nothing in common.
+
+Evaluation reads encyclopedia articles, calibration reads news. All is drawn with a fixed seed:
+the same call gives the same tokens on every machine, and asking for more sequences adds to those
+one had.
+"""
+
+import hashlib
+import json
+import random
+
+import torch
+
+from chapter13.convert import permutation
+from chapter13.download import require
+
+SEED = 13
+
+
+def articles(lot: str) -> list[dict]:
+    """The Wikipedia articles of one lot: "evaluation", "validation" or "calibration".
+
+    Each has "title", "text", "page" and "revision" (Wikipedia's numbers). The lots have no article
+    in common. An article's lot depends on its page number alone, so whatever else is added later,
+    evaluation stays what it is. Validation serves to choose between options; nothing may be tuned
+    on evaluation.
+
+    Raises ValueError for another lot, FileNotFoundError when the texts were not fetched yet.
+    """
+    if lot not in LOTS:
+        raise ValueError(f"there is no lot {lot!r}; choose from {', '.join(LOTS)}")
+    return [article for article in _read("wikipedia") if _lot(article["page"]) == lot]
+
+
+def news() -> list[str]:
+    """The news documents, some 200 words each."""
+    return [document["text"] for document in _read("news")]
+
+
+def evaluation_tokens(tokenizer, sequences: int, length: int) -> torch.Tensor:
+    """Tokens of encyclopedia articles, to measure a model with: int64 (sequences, length).
+
+    `tokenizer`: from transformers, as `models.load` gives it. Each sequence lies within one
+    article, none overlaps another, no special tokens are added.
+
+    Raises ValueError when the text has fewer sequences of that length.
+    """
+    texts = [article["text"] for article in articles("evaluation")]
+    return _draw(_encode(tokenizer, texts), sequences, length, "evaluation")
+
+
+def calibration_tokens(tokenizer, sequences: int, length: int) -> torch.Tensor:
+    """Tokens of news, to calibrate a method with: int64 (sequences, length).
+
+    The documents are short, so they are put one after another in a random order, a blank line
+    between them, and cut into sequences, which do not overlap. No special tokens are added.
+
+    Raises ValueError when the text has fewer sequences of that length.
+    """
+    documents = news()
+    text = "\n\n".join(_shuffled(documents))
+    return _draw(_encode(tokenizer, [text]), sequences, length, "calibration")
+
+
+LOTS = {"evaluation": 0.6, "validation": 0.8, "calibration": 1.0}  # upper ends of their shares
+
+
+def _lot(page: int) -> str:
+    digest = hashlib.sha256(f"{SEED}:{page}".encode()).digest()
+    share = int.from_bytes(digest[:8], "big") / 2**64
+    return next(lot for lot, end in LOTS.items() if share < end)
+
+
+def _read(name: str) -> list[dict]:
+    with (require("texts") / f"{name}.jsonl").open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
+    # verbose: that a text is longer than the model's context is no news, it is cut later
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _draw(texts: list[list[int]], sequences: int, length: int, use: str) -> torch.Tensor:
+    """The first `sequences` of all windows that fit side by side, in a random order."""
+    if sequences < 1 or length < 2:
+        raise ValueError(
+            f"asked for {sequences} sequences of {length} tokens; at least 1 of 2 is needed"
+        )
+    windows = [
+        text[start : start + length]
+        for text in texts
+        for start in range(0, len(text) - length + 1, length)
+    ]
+    if sequences > len(windows):
+        raise ValueError(
+            f"asked for {sequences} sequences of {length} tokens; the {use} text has {len(windows)}"
+        )
+    return torch.tensor(_shuffled(windows)[:sequences], dtype=torch.int64)
+
+
+def _shuffled(items: list) -> list:
+    return [items[i] for i in permutation(len(items), random.Random(SEED))]
