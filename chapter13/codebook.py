@@ -126,31 +126,28 @@ def _nearest_in_blocks(flat, absmax, block_size, code_book):
     whole = flat.numel() // block_size
     blocks = flat[: whole * block_size].view(whole, block_size)
     block_codes = codes[: whole * block_size].view(whole, block_size)
-    reciprocal = (1.0 / absmax[:whole, None].clamp(min=_TINY)) if whole else absmax
+    reciprocal = 1.0 / absmax[:whole, None].clamp(min=_TINY)
     for rows, columns in pieces(whole, block_size):
         scaled = torch.mul(blocks[rows, columns], reciprocal[rows])
-        block_codes[rows, columns] = _count_below(scaled, midpoints)
+        block_codes[rows, columns] = _nearest(scaled, midpoints, order.tolist())
     rest = flat[whole * block_size :].float() / absmax[whole:]
     rest = torch.nn.functional.pad(rest, (0, flat.numel() % 2))
-    codes[whole * block_size :] = _count_below(rest, midpoints)
-
-    codes = codes.view(torch.uint8)
-    if torch.equal(order, torch.arange(16)):
-        return codes
-    return order.to(codes)[codes.int()]
+    codes[whole * block_size :] = _nearest(rest, midpoints, order.tolist())
+    return codes.view(torch.uint8)
 
 
-def _count_below(scaled: torch.Tensor, midpoints: list[float]) -> torch.Tensor:
-    """How many midpoints lie below each value: the rank of the nearest code, a tie to the lower.
+def _nearest(scaled: torch.Tensor, midpoints: list[float], order: list[int]) -> torch.Tensor:
+    """The code of the value nearest to each number, as float; a tie goes to the lower value.
 
-    Fifteen comparisons that stay in the cache beat a binary search by far, and in torch a
-    comparison is fastest when its answer is a float.
+    `order` holds the codes by ascending value. Passing a midpoint changes the code from one to the
+    next in that order. Fifteen comparisons that stay in the cache beat a binary search by far, and
+    in torch a comparison is fastest when its answer is a float.
     """
-    rank = torch.gt(scaled, midpoints[0], out=torch.empty_like(scaled))
+    codes = torch.full_like(scaled, order[0])
     above = torch.empty_like(scaled)
-    for midpoint in midpoints[1:]:
-        rank += torch.gt(scaled, midpoint, out=above)
-    return rank
+    for midpoint, below, beyond in zip(midpoints, order[:-1], order[1:], strict=True):
+        codes.add_(torch.gt(scaled, midpoint, out=above), alpha=beyond - below)
+    return codes
 
 
 def _quantize_scales(absmax: torch.Tensor) -> tuple[QuantizedTensor, torch.Tensor]:

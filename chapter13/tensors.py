@@ -73,15 +73,35 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The approximate weight, in its shape; computed in float32, then cast to `dtype`."""
-        codes, scale = self.codes(), self.scale.float()
-        if self.code_book is not None:
-            values = self.code_book.to(codes.device).index_select(0, codes.view(-1).int())
-            return scale_blocks(values, scale, self.group_size).view(self.shape).to(dtype)
-        values = grouped(codes, self.group_size).float()
-        scale = scale.view(-1, 1)
-        if self.packed_zero_point is not None:
-            values -= self.zero_point.view(-1, 1)
-        return values.mul_(scale).view(self.shape).to(dtype)
+        codes, scale = self.codes(), self.scale.float().view(-1, 1)
+        weight = torch.empty(self.shape, dtype=dtype, device=codes.device)
+        if self.code_book is None:
+            codes, target = (grouped(part, self.group_size) for part in (codes, weight))
+            self._fill(target, codes, scale)
+        else:  # blocks run over the flat weight, and the last one may be short
+            size = self.group_size
+            whole = codes.numel() // size * size
+            codes, target = codes.view(-1), weight.view(-1)
+            self._fill(
+                target[:whole].view(-1, size), codes[:whole].view(-1, size), scale[: whole // size]
+            )
+            self._fill(target[None, whole:], codes[None, whole:], scale[-1:])
+        return weight
+
+    def _fill(self, target, codes, scale):
+        """target = what the codes stand for; all three have a row for each scale."""
+        zero_point, code_book = self.zero_point, self.code_book
+        if code_book is not None:
+            code_book = code_book.to(codes.device)
+        for rows, columns in pieces(*codes.shape):
+            values = codes[rows, columns]
+            if code_book is None:
+                values = values.float()
+            else:
+                values = code_book.index_select(0, values.reshape(-1).int()).view(values.shape)
+            if zero_point is not None:
+                values -= zero_point.view(-1, 1)[rows]
+            target[rows, columns] = values.mul_(scale[rows])
 
     @property
     def nbytes(self) -> int:
@@ -166,18 +186,11 @@ def grouped(weight: torch.Tensor, group_size: int | str | None) -> torch.Tensor:
 
 def pieces(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
     """Cuts a matrix into pieces of at most PIECE elements, as (rows, columns) slices."""
-    height, width = max(1, PIECE // columns), min(columns, PIECE)
+    width = max(1, min(columns, PIECE))
+    height = PIECE // width
     for row in range(0, rows, height):
         for column in range(0, columns, width):
             yield slice(row, row + height), slice(column, column + width)
-
-
-def scale_blocks(values: torch.Tensor, scale: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Multiplies each block of the flat `values` by its scale, in place; the last may be short."""
-    whole = values.numel() // block_size
-    values[: whole * block_size].view(whole, block_size).mul_(scale[:whole, None])
-    values[whole * block_size :].mul_(scale[whole:])
-    return values
 
 
 def sign_extend(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -1,0 +1,101 @@
+"""data/results.json: what was measured, on which machine, with which versions, when.
+
+Records are merged by key, so each measuring command replaces its own and leaves the others alone.
+The file is replaced at once: whoever reads it sees the old or the new one, never half of one.
+"""
+
+import json
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+FILE = Path(__file__).parent.parent / "data" / "results.json"
+
+
+def load(path: Path = FILE) -> dict[str, dict]:
+    """All records by key; none where nothing was recorded yet.
+
+    Raises ValueError if the file is not one of ours.
+    """
+    if not path.exists():
+        return {}
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(record, dict) for record in records.values()):
+            raise TypeError
+    except (json.JSONDecodeError, AttributeError, TypeError):
+        raise ValueError(f"{path} holds no records: restore it from git, or delete it") from None
+    return records
+
+
+def record(key: str, measured: dict, packages: tuple[str, ...] = (), path: Path = FILE) -> None:
+    """Stores `measured` under `key`, with machine, date, commit, and the versions of `packages`."""
+    records = load(path)
+    records[key] = measured | {"environment": environment(packages)}
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(json.dumps(records, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def environment(packages: tuple[str, ...] = ()) -> dict:
+    """The machine, the versions, the date (UTC) and the commit of a measurement."""
+    names = ("torch", "numpy", *packages)
+    return {
+        "machine": machine(),
+        "versions": {"python": platform.python_version()}
+        | {name: _version(name) for name in names},
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": _commit(),
+    }
+
+
+def machine() -> str:
+    """The processor, torch's vector instructions and threads, and the GPU if there is one."""
+    words = f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    words += f", {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        words += f", {torch.cuda.get_device_name()}"
+    return words
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    """The commit that is checked out, with "+" where files were changed since; "" without git."""
+    git = ["git", "-C", str(FILE.parent.parent)]
+    try:
+        commit = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no", "--", "chapter13", "tools"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return commit + "+" * bool(changed)

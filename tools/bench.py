@@ -1,0 +1,203 @@
+"""`make bench`: what the course computes, timed beside what a reader would use instead.
+
+Each comparison alternates the two sides in one run and prints medians and their ratio, so a busy
+machine slows both. The results go to data/results.json (keys "bench/..."), and from there into the
+README's table.
+
+    python tools/bench.py            everything
+    python tools/bench.py nf4 import     only these: int8, nf4, packing, sliders, import
+"""
+
+import gc
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from chapter13 import quantize_absmax, quantize_codebook, quantize_per_channel, results
+from chapter13.packing import pack, packed_size, unpack
+
+SHAPE = (11008, 4096)  # the largest matrix of a 7B model's MLP
+
+
+def medians(*sides, runs=5):
+    """Median seconds of each function, called in turn; the first round only warms up."""
+    times = [[] for _ in sides]
+    for run in range(runs + 1):
+        for side, seconds in zip(sides, times, strict=True):
+            gc.collect()
+            start = time.perf_counter()
+            side()
+            if run:
+                seconds.append(time.perf_counter() - start)
+    return [statistics.median(seconds) for seconds in times]
+
+
+def matrix(dtype=torch.float32):
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
+
+
+def bench_int8():
+    weight = matrix()
+
+    def plain():
+        scale = weight.abs().amax(dim=1, keepdim=True) / 127.0
+        return (weight / scale).round().clamp(-128, 127).to(torch.int8), scale
+
+    assert torch.equal(quantize_per_channel(weight)[0], plain()[0])
+    ours, theirs = medians(lambda: quantize_per_channel(weight), plain)
+    packed, _ = medians(lambda: quantize_absmax(weight, 8, "channel"), plain)
+    extra = peak_extra_bytes(lambda: quantize_per_channel(weight)) / weight.nbytes
+    plain_extra = peak_extra_bytes(plain) / weight.nbytes
+    show("INT8 per channel", ours, theirs, "three torch operations")
+    show("the same, in a QuantizedTensor", packed, theirs, "three torch operations")
+    print(f"{'':34}peak memory beyond the matrix: {extra:.2f} of it, against {plain_extra:.2f}")
+    results.record(
+        "bench/int8",
+        {
+            "ours_ms": ms(ours),
+            "quantized_tensor_ms": ms(packed),
+            "plain_torch_ms": ms(theirs),
+            "ratio": ratio(theirs, ours),
+            "extra_memory": round(extra, 2),
+            "plain_extra_memory": round(plain_extra, 2),
+        },
+    )
+
+
+def bench_nf4():
+    import bitsandbytes.functional as reference
+
+    weight = matrix()
+    packed, _ = reference.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    assert torch.equal(quantize_codebook(weight).packed, packed.view(-1))
+    measured = {}
+    for kind, double in (("nf4", False), ("nf4", True), ("fp4", False)):
+        ours, theirs = medians(
+            lambda kind=kind, double=double: quantize_codebook(weight, kind, double_quant=double),
+            lambda kind=kind, double=double: reference.quantize_4bit(
+                weight, blocksize=64, quant_type=kind, compress_statistics=double
+            ),
+            runs=3,
+        )
+        name = kind + "_double" * double
+        show(f"{kind.upper()}{' double quantization' * double}", ours, theirs, "bitsandbytes")
+        measured[name] = {
+            "ours_ms": ms(ours),
+            "bitsandbytes_ms": ms(theirs),
+            "ratio": ratio(theirs, ours),
+        }
+    quantized, state = quantize_codebook(weight), reference.quantize_4bit(weight, quant_type="nf4")
+    ours, theirs = medians(quantized.dequantize, lambda: reference.dequantize_4bit(*state))
+    show("NF4 back to float32", ours, theirs, "bitsandbytes")
+    measured["nf4_dequantize"] = {
+        "ours_ms": ms(ours),
+        "bitsandbytes_ms": ms(theirs),
+        "ratio": ratio(theirs, ours),
+    }
+    results.record("bench/nf4", measured, ("bitsandbytes",))
+
+
+def bench_packing():
+    count = SHAPE[0] * SHAPE[1]
+    measured = {}
+    for bits in range(2, 9):
+        codes = torch.randint(2**bits, (count,), dtype=torch.uint8)
+        packed = pack(codes, bits).clone()
+        copy, packing, unpacking = medians(
+            codes.clone,
+            lambda b=bits, c=codes: pack(c, b),
+            lambda b=bits, p=packed: unpack(p, b, count),
+        )
+        speed = {
+            name: round(count / seconds / 1e9, 2)
+            for name, seconds in (("pack", packing), ("unpack", unpacking), ("copy", copy))
+        }
+        print(
+            f"{bits} bits, {packed_size(count, bits) / 1e6:5.1f} MB packed   "
+            f"pack {speed['pack']:5.2f} GB/s   unpack {speed['unpack']:5.2f} GB/s   "
+            f"plain copy {speed['copy']:5.2f} GB/s"
+        )
+        measured[f"{bits}_bits_gb_per_s"] = speed
+    results.record("bench/packing", measured)
+
+
+def bench_import():
+    def seconds(statement):
+        command = [
+            sys.executable,
+            "-c",
+            f"import time, torch, numpy; t = time.perf_counter(); "
+            f"{statement}; print(time.perf_counter() - t)",
+        ]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    beyond = statistics.median(seconds("import chapter13") for _ in range(5))
+    print(f"import chapter13, beyond torch and numpy: {beyond * 1e3:.1f} ms")
+    results.record("bench/import", {"beyond_torch_ms": ms(beyond)})
+
+
+def peak_extra_bytes(work):
+    """The most memory that `work` held at a time beyond what was there before, result included."""
+    page = os.sysconf("SC_PAGE_SIZE")
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * page
+
+    work()  # what stays allocated after the first call is not counted
+    gc.collect()
+    before, peak, done = resident(), 0, threading.Event()
+
+    def watch():
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    kept = work()
+    done.set()
+    watcher.join()
+    del kept
+    return max(0, peak - before)
+
+
+def show(what, ours, theirs, whose):
+    print(
+        f"{what:34}{ours * 1e3:8.1f} ms   {whose} {theirs * 1e3:8.1f} ms   "
+        f"{theirs / ours:5.1f} times as fast"
+    )
+
+
+def ms(seconds):
+    return round(seconds * 1e3, 1)
+
+
+def ratio(theirs, ours):
+    return round(theirs / ours, 1)
+
+
+BENCHES = {
+    "int8": bench_int8,
+    "nf4": bench_nf4,
+    "packing": bench_packing,
+    "import": bench_import,
+}
+
+
+def main(names):
+    unknown = [name for name in names if name not in BENCHES]
+    if unknown:
+        sys.exit(f"no bench called {', '.join(unknown)}; there are: {', '.join(BENCHES)}")
+    print(f"{results.machine()}; a {SHAPE[0]} x {SHAPE[1]} matrix, medians")
+    for name in names or BENCHES:
+        BENCHES[name]()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
