@@ -83,6 +83,8 @@ class Explorer(widgets.VBox):
     figure: a LiveFigure, which is given each view.
     """
 
+    _parts = ()
+
     def __init__(self, controls, compute, figure):
         self.controls = dict(controls)
         self.compute = compute
@@ -102,6 +104,9 @@ class Explorer(widgets.VBox):
         self._picture = WordedImage(format="png", layout=widgets.Layout(max_width="100%"))
         self._text = widgets.HTML()
         super().__init__([bar, self._picture, self._text])
+        shown = (*self.controls.values(), bar, self._picture, self._text)
+        styles = [widget.style for widget in shown if hasattr(widget, "style")]
+        self._parts = (*shown, *styles, *(widget.layout for widget in (*shown, self)))
         self._refresh()
 
     @property
@@ -145,8 +150,7 @@ class Explorer(widgets.VBox):
 
     def close(self):
         """Let the browser and the kernel forget the panel with all its parts."""
-        bar, *rest = self.children
-        for widget in (*bar.children, bar, *rest):
+        for widget in self._parts:
             widget.close()
         super().close()
 

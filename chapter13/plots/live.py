@@ -57,6 +57,7 @@ class LiveFigure:
 
     def redraw(self):
         """Draw the axes again with the next picture: limits, ticks or labels have changed."""
+        self.figure.set_layout_engine("constrained")  # new labels may need more room
         self._background = None
 
     def update(self, view):
@@ -66,7 +67,7 @@ class LiveFigure:
     def _draw(self, stale):
         if self._background is None:
             self.canvas.draw()
-            self.figure.set_layout_engine("none")  # the axes stay where they are from now on
+            self.figure.set_layout_engine("none")  # the axes stay where they are
             self._background = self.canvas.copy_from_bbox(self.figure.bbox)
         self.canvas.restore_region(self._background)
         renderer = self.canvas.get_renderer()

@@ -1,0 +1,289 @@
+"""What holds for every explorer, and the base they share.
+
+To have an explorer tested here, add it to PANELS. The numbers it shows are compared with the
+package's own in a file of its own, tests/test_<name>_explorer.py.
+"""
+
+import base64
+import io
+import random
+import re
+from dataclasses import dataclass
+from importlib import import_module
+
+import ipywidgets as widgets
+import numpy as np
+import pytest
+import torch
+from ipywidgets.widgets.widget import _instances as living_widgets
+from matplotlib.text import Text
+from PIL import Image
+
+from chapter13.explorers.base import Explorer, lines
+from chapter13.plots import LiveFigure, style
+
+
+def weight():
+    return torch.randn(96, 128, generator=torch.Generator().manual_seed(13)) * 0.02
+
+
+PANELS = {  # module in chapter13.explorers -> a panel of it, given the module
+    "absmax": lambda module: module.explore_absmax({"a": weight(), "b": 3 * weight()}),
+}
+
+
+# --- every explorer ---------------------------------------------------------------------------
+
+
+@pytest.fixture(params=PANELS)
+def panel(request):
+    panel = PANELS[request.param](import_module(f"chapter13.explorers.{request.param}"))
+    yield panel
+    panel.close()
+
+
+def positions(control):
+    """Values of a control: all of a choice or of a short range, else a few from end to end."""
+    if options := getattr(control, "options", None):
+        return [option[1] if isinstance(option, tuple) else option for option in options]
+    if isinstance(control, widgets.Checkbox | widgets.ToggleButton):
+        return [False, True]
+    if isinstance(control, widgets.FloatLogSlider):
+        return [control.base ** float(x) for x in np.linspace(control.min, control.max, 7)]
+    steps = round((control.max - control.min) / control.step)
+    kind = type(control.value)
+    places = range(steps + 1) if steps <= 20 else np.linspace(0, steps, 7).round().astype(int)
+    return [kind(control.min + int(place) * control.step) for place in places]
+
+
+def some_settings(panel, count=40):
+    """Each control at each position, the others as they are; then `count` random mixtures."""
+    choices = {name: positions(control) for name, control in panel.controls.items()}
+    settings = [{name: value} for name, values in choices.items() for value in values]
+    mixed = random.Random(0)
+    settings += [
+        {name: mixed.choice(values) for name, values in choices.items()} for _ in range(count)
+    ]
+    return settings
+
+
+def test_every_setting_is_answered(panel):
+    """With a picture and a readout, or with a reason why not; never with an exception."""
+    start = panel.settings
+    applied = 0
+    for changed in some_settings(panel):
+        panel.set(**start)
+        readout = panel.set(**changed)
+        assert readout == panel.readout
+        assert readout.strip()
+        assert panel.alt.strip()
+        assert panel.settings == start | changed
+        applied += panel.view is not None and readout == panel.view.readout
+    assert applied > 0
+
+
+def test_same_settings_same_words_and_picture(panel):
+    """Whatever was shown before: nothing is left of it."""
+    start = panel.settings
+    shown = panel.set(), panel._picture.value
+    for changed in some_settings(panel, count=5):
+        panel.set(**changed)
+    assert (panel.set(**start), panel._picture.value) == shown
+
+
+def test_a_moved_control_does_what_set_does(panel):
+    for name, control in panel.controls.items():
+        value = next(value for value in positions(control) if value != control.value)
+        control.value = value  # as the browser does
+        shown = panel.readout, panel._picture.value
+        assert (panel.set(**{name: value}), panel._picture.value) == shown
+
+
+def test_controls_are_named_in_words(panel):
+    for control in panel.controls.values():
+        assert control.description.strip()
+
+
+def test_moving_makes_no_new_widgets(panel):
+    before = len(living_widgets)
+    for changed in some_settings(panel, count=3):
+        panel.set(**changed)
+    panel.snapshots([{}])
+    assert len(living_widgets) == before
+
+
+def test_close_leaves_no_widget(panel):
+    before = len(living_widgets)
+    module = import_module(type(panel).__module__)
+    assert module.Explorer is Explorer
+    panel.close()
+    closed = before - len(living_widgets)
+    # each control, the bar, picture, text and panel, each with a layout, most with a style
+    assert closed >= 2 * (len(panel.controls) + 4)
+    panel.close()
+
+
+def test_without_a_kernel_picture_and_readout_remain(panel):
+    data, metadata = panel._repr_mimebundle_()
+    assert data["text/plain"] == panel.readout
+    assert metadata["image/png"]["alt"] == panel.alt
+    assert "application/vnd.jupyter.widget-view+json" in data
+    png = base64.b64decode(data["image/png"])
+    assert len(png) < 60_000
+    assert Image.open(io.BytesIO(png)).size == panel.figure.canvas.get_width_height()
+
+
+def test_words_in_the_picture_are_large_and_inside(panel):
+    figure = panel.figure.figure
+    width, height = panel.figure.canvas.get_width_height()
+    ticks = {label for ax in figure.axes for label in ax.get_xticklabels() + ax.get_yticklabels()}
+    for changed in some_settings(panel, count=10):
+        panel.set(**changed)
+        for text in figure.findobj(Text):
+            if not text.get_visible() or not text.get_text().strip():
+                continue
+            assert text.get_fontsize() >= 12, text
+            if text not in ticks:  # those outside the axes are not drawn
+                box = text.get_window_extent()
+                inside = box.x0 > -1 and box.y0 > -1 and box.x1 < width + 1 and box.y1 < height + 1
+                assert inside, f"{text.get_text()!r} leaves the picture at {changed}"
+
+
+# --- the base ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class View:
+    height: float
+    readout: str
+    alt: str
+
+
+class HeightFigure(LiveFigure):
+    def __init__(self):
+        super().__init__(width=4, height=2)
+        with style():
+            self.axes.set(xlim=(0, 1), ylim=(0, 10))
+            (self.line,) = self.axes.plot([0, 1], [0, 0])
+            self.animate(self.line)
+
+    def update(self, view):
+        self.line.set_ydata([view.height] * 2)
+
+
+calls = []
+
+
+def compute(bits, group_size, strength):
+    calls.append((bits, group_size, strength))
+    if group_size == 48:
+        raise ValueError("group size 48 does not divide 128 <in_features>")
+    if strength > 500:
+        raise ArithmeticError("overflow")
+    return View(bits, lines(("bits", bits), ("group size", group_size)), f"a line at {bits}")
+
+
+@pytest.fixture
+def toy():
+    controls = {
+        "bits": widgets.IntSlider(8, 2, 8, description="bits"),
+        "group_size": widgets.SelectionSlider(
+            options=[("per tensor", "tensor"), ("64", 64), ("48", 48)], description="group size"
+        ),
+        "strength": widgets.FloatLogSlider(1, min=0, max=3, description="strength"),
+    }
+    panel = Explorer(controls, compute, HeightFigure())
+    calls.clear()
+    yield panel
+    panel.close()
+
+
+def test_set_moves_all_controls_and_computes_once(toy):
+    assert toy.set(bits=3, group_size=64, strength=10) == "bits        3\ngroup size  64"
+    assert calls == [(3, 64, 10)]
+    assert toy.settings == {"bits": 3, "group_size": 64, "strength": 10}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"bit": 3}, "no control 'bit' here; there are: bits, group_size, strength"),
+        ({"bits": 9}, "bits cannot be 9; it takes 2 to 8"),
+        ({"bits": 3.5}, "bits cannot be 3.5; it takes 2 to 8"),
+        ({"bits": "three"}, "bits cannot be 'three'; it takes 2 to 8"),
+        ({"group_size": 32}, "group_size cannot be 32; it takes 'tensor', 64, 48"),
+        ({"strength": 0.5}, "strength cannot be 0.5; it takes 1 to 1000"),
+    ],
+)
+def test_set_refuses_what_a_control_cannot_take_and_moves_nothing(toy, wrong, message):
+    toy.set(bits=4)
+    calls.clear()
+    before = toy.settings, toy.readout, toy._picture.value
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        toy.set(**{"group_size": 64} | wrong)
+    assert (toy.settings, toy.readout, toy._picture.value) == before
+    assert calls == []
+    toy.controls["bits"].value = 5  # and the panel still listens
+    assert calls == [(5, "tensor", 1)]
+
+
+def test_settings_that_do_not_fit_are_explained(toy):
+    fresh = toy.figure.pixels()
+    readout = toy.set(group_size=48)
+    assert readout == (
+        "These settings do not apply: group size 48 does not divide 128 <in_features>"
+    )
+    assert "128 &lt;in_features&gt;" in toy._text.value
+    stale = np.asarray(Image.open(io.BytesIO(toy._picture.value)))
+    assert np.array_equal(stale, toy.figure.pixels(stale=True))
+    assert not np.array_equal(stale, fresh)
+    data, metadata = toy._repr_mimebundle_()
+    assert data["text/plain"] == metadata["image/png"]["alt"] == readout
+    toy.set(group_size=64)
+    assert np.array_equal(toy.figure.pixels(), fresh)
+    assert toy.readout == "bits        8\ngroup size  64"
+
+
+def test_a_mistake_of_ours_is_shown_and_raised(toy):
+    with pytest.raises(ArithmeticError, match="overflow"):
+        toy.set(strength=1000)
+    assert toy.readout == "ArithmeticError: overflow"
+    assert "ArithmeticError: overflow" in toy._text.value
+    with pytest.raises(ArithmeticError, match="overflow"):  # from the browser
+        toy.controls["strength"].value = 900
+    assert toy.set(strength=1) == "bits        8\ngroup size  tensor"
+
+
+def test_words_reach_the_browser_with_the_picture(toy):
+    toy.set(bits=6)
+    assert toy._picture.tooltip == toy.alt == "a line at 6"
+    assert toy._picture.get_state()["description"] == ""  # without it there is no title
+
+
+def test_snapshots_are_rows_and_change_nothing(toy):
+    before = toy.settings, toy.readout, toy.figure.pixels()
+    picture = toy.snapshots([{"bits": 8}, {"bits": 3, "group_size": "tensor"}])
+    assert picture.alt == "bits 8: a line at 8 bits 3, group size per tensor: a line at 3"
+    assert (picture.width, picture.height) == (400, 2 * (40 + 200))
+    rows = np.asarray(Image.open(io.BytesIO(picture.png)).convert("RGB"))
+    assert not np.array_equal(rows[40:240], rows[280:480])
+    assert toy.settings == before[0]
+    assert toy.readout == before[1]
+    assert np.array_equal(toy.figure.pixels(), before[2])
+
+
+def test_snapshots_of_settings_that_do_not_fit_are_refused(toy):
+    with pytest.raises(ValueError, match="does not divide"):
+        toy.snapshots([{"group_size": 48}])
+
+
+def test_settings_that_never_fitted():
+    controls = {"bits": widgets.IntSlider(8, 2, 8, description="bits")}
+
+    def never(bits):
+        raise ValueError("nothing here")
+
+    panel = Explorer(controls, never, HeightFigure())
+    assert panel.readout == "These settings do not apply: nothing here"
+    assert panel._repr_mimebundle_()[0]["text/plain"] == panel.readout
+    panel.close()
