@@ -58,7 +58,7 @@ mutants: data ## break the package in many small ways and count what the tests n
 	$(BIN)/python tools/mutants.py
 
 pictures: data ## take the README's pictures afresh from a running JupyterLab
-	$(BIN)/python tools/pictures.py
+	$(BIN)/python -m tools.pictures
 
 pins: setup ## write constraints.txt afresh: the newest versions that install together
 	$(BIN)/python tools/pins.py write

@@ -42,6 +42,9 @@ An explorer is three things, each of which can be read and tested alone:
 ipywidgets reads the value None as "nothing selected", so an option cannot be None.
 The names of the controls are the keyword arguments of the function. `panel.view` is the last view,
 `panel.settings` the controls' values, `panel.readout` the text that is shown.
+
+Dragging a slider piles up no work: ipywidgets sends the newest position only once the kernel has
+dealt with the last one.
 """
 
 import html
