@@ -29,7 +29,8 @@ $(STAMP): pyproject.toml constraints.txt
 		"$(PYTHON)" -c 'import sys; print("  sudo apt-get install python%d.%d-venv" % sys.version_info[:2])'; exit 1; }
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV)
 	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") \
-		-c constraints.txt -e '.[course,test]'
+		-c constraints.txt -e '.[course,test]' || { \
+		echo "The installation is not complete: see above. It needs the network; make takes it up again."; exit 1; }
 	@touch $@
 
 data: setup ## fetch the embedded model and the texts into data/ and convert them

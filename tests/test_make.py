@@ -99,7 +99,9 @@ def test_setup_installs_again_when_the_folder_was_renamed(folder):
 
 def test_a_failed_installation_is_taken_up_again(folder):
     (folder / "offline").touch()
-    assert make(folder, "test").returncode != 0
+    result = make(folder, "test")
+    assert result.returncode != 0
+    assert "It needs the network; make takes it up again." in result.stdout
     assert log(folder) == ["venv", "install"]
     (folder / "offline").unlink()
     assert make(folder, "setup").returncode == 0
