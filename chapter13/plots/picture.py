@@ -29,6 +29,8 @@ COLORS = {
     "nf4": "#009E73",
     "fp4": "#CC79A7",
     "affine": "#56B4E9",  # an asymmetric grid
+    "fp16": "#56B4E9",  # these two stand beside neither affine nor FP4
+    "bf16": "#CC79A7",
     "error": "#D55E00",
     "highlight": "#D55E00",  # the one thing to look at
     "text": "#222222",

@@ -1,0 +1,205 @@
+"""The explorers of notebook 00: one number's bits, and the memory that a model takes."""
+
+from dataclasses import dataclass
+
+import ipywidgets as widgets
+import torch
+
+from chapter13.explorers.base import Explorer, lines
+from chapter13.memory import (
+    CARDS,
+    FORMATS,
+    SHAPES,
+    kv_cache_bytes,
+    parameters,
+    similar_shape,
+    weight_bytes,
+)
+from chapter13.plots.formats import BitsFigure, MemoryFigure
+
+FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CUSTOM = "custom"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A number as one format holds it."""
+
+    format: str
+    bits: str
+    """Sign, exponent and mantissa as 0 and 1."""
+    value: float
+    loss: str
+    """What the cast lost, in words."""
+
+
+@dataclass(frozen=True)
+class NumberView:
+    """What `explore_number` shows."""
+
+    stored: list[Stored]
+    """In fp32, fp16 and bf16."""
+    readout: str
+    alt: str
+
+
+def number(value: float, negative: bool = False) -> NumberView:
+    """A number in the three floating-point formats."""
+    value = -value if negative else value
+    stored = []
+    for name, dtype in FLOATS.items():
+        held = torch.tensor(value, dtype=torch.float64).to(dtype)
+        width = 8 * held.element_size()
+        code = held.view({32: torch.int32, 16: torch.int16}[width]).item()
+        stored.append(
+            Stored(name, f"{code % 2**width:0{width}b}", held.item(), _loss(value, held.item()))
+        )
+    return NumberView(
+        stored=stored,
+        readout=lines(
+            ("number", f"{value:.6g}"), *[(s.format, f"{s.value:.9g}  ({s.loss})") for s in stored]
+        ),
+        alt=f"The bits of {value:.6g} in three formats. "
+        + " ".join(f"{s.format} holds {s.value:.9g}." for s in stored),
+    )
+
+
+def _loss(value: float, held: float) -> str:
+    if held == value:
+        return "exact"
+    if held in (float("inf"), -float("inf")):
+        return "overflow: too large for the format"
+    if held == 0:
+        return "underflow: too small for the format"
+    return f"relative error {abs(held - value) / abs(value):.1e}"
+
+
+def explore_number():
+    """A panel: a number, typed or moved by a slider, and its bits in fp32, fp16 and bf16."""
+    controls = {
+        "value": widgets.FloatLogSlider(
+            0.15625, min=-9, max=6, step=0.02, description="number", readout_format=".6g"
+        ),
+        "negative": widgets.Checkbox(False, description="negative", indent=False),
+    }
+    return Explorer(controls, number, BitsFigure())
+
+
+@dataclass(frozen=True)
+class MemoryView:
+    """What `explore_memory` shows."""
+
+    gigabytes: dict[str, float]
+    """GB of "codes", "scales", "kept" (embeddings, head, norms) and "KV cache"."""
+    total: float
+    """GB."""
+    holds: list[str]
+    """The cards with at least that much memory."""
+    limit: float
+    """Where the picture's axis ends, GB: the same for all formats, so that a bar shrinks."""
+    readout: str
+    alt: str
+
+
+def memory(
+    model: str,
+    format: str,
+    group_size: int | str,
+    context: int,
+    batch: int,
+    kv_bits: int,
+    billions: float,
+    layers: int,
+) -> MemoryView:
+    """What a model takes to run; `billions` and `layers` count where the model is custom.
+
+    Raises ValueError for a group size that does not fit the model, as `memory.linear_bytes`.
+    """
+    shape = similar_shape(billions * 1e9, layers) if model == CUSTOM else SHAPES[model]
+    sizes = weight_bytes(shape, format, group_size)
+    weights = sum(sizes.values())
+    sizes["KV cache"] = kv_cache_bytes(shape, context, batch, kv_bits)
+    gigabytes = {part: size / 1e9 for part, size in sizes.items()}
+    total = sum(sizes.values()) / 1e9
+    holds = [card for card, most in CARDS.items() if most >= total]
+
+    parts = parameters(shape)
+    count = sum(parts.values())
+    in_layers = parts["attention"] + parts["MLP"]
+    layer_bits = 8 * (sizes["codes"] + sizes["scales"]) / in_layers
+    readout = lines(
+        ("parameters", f"{count / 1e9:.3g} billion, {in_layers / count:.0%} of them in the layers"),
+        ("weights", f"{_gb(weights)}, {4 * count / weights:.2f} times smaller than fp32"),
+        ("  layers", f"{_gb(sizes['codes'])} + scales {_gb(sizes['scales'])}: "
+                     f"{layer_bits:.4g} bits per weight"),
+        ("  embeddings, head, norms", f"{_gb(sizes['kept'])}, not quantized"),
+        ("KV cache", f"{_gb(sizes['KV cache'])} for {batch} x {context:,} tokens"),
+        ("total", f"{total:.3g} GB = {total * 1e9 / 2**30:.3g} GiB"),
+        ("fits", "; ".join(holds) if holds else "none of these cards alone"),
+    )  # fmt: skip
+    return MemoryView(
+        gigabytes=gigabytes,
+        total=total,
+        holds=holds,
+        limit=_limit((sum(weight_bytes(shape, "fp32").values()) + sizes["KV cache"]) / 1e9),
+        readout=readout,
+        alt=(
+            f"{model} in {format} takes {total:.3g} GB, the KV cache of {batch} x {context:,} "
+            f"tokens included; {len(holds)} of {len(CARDS)} kinds of cards hold it."
+        ),
+    )
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.3g} GB"
+
+
+def _limit(total: float) -> float:
+    """The smallest of 10, 20, 50, 100, 200, ... GB that leaves room for a label."""
+    decade = 10
+    while True:
+        for step in (1, 2, 5):
+            if total * 1.15 <= step * decade:
+                return step * decade
+        decade *= 10
+
+
+def explore_memory():
+    """A panel: a model's shape, format, context and batch, and which cards hold it all."""
+    controls = {
+        "model": widgets.Dropdown(
+            options=[*SHAPES, CUSTOM], value="Llama-2-7B", description="model"
+        ),
+        "format": widgets.SelectionSlider(
+            options=list(FORMATS), value="fp32", description="format"
+        ),
+        "group_size": widgets.SelectionSlider(
+            options=["channel", 256, 128, 64, 32, 16], value=64, description="group size"
+        ),
+        "context": widgets.SelectionSlider(
+            options=[(f"{2**n}k", 1024 * 2**n) for n in range(8)],
+            value=4096,
+            description="context (tokens)",
+        ),
+        "batch": widgets.SelectionSlider(
+            options=[2**n for n in range(7)], value=1, description="texts at once"
+        ),
+        "kv_bits": widgets.SelectionSlider(
+            options=[16, 8, 4], value=16, description="KV cache (bits)"
+        ),
+        "billions": widgets.FloatLogSlider(
+            3, min=-1, max=2.8, step=0.02, description="custom: billions", readout_format=".3g"
+        ),
+        "layers": widgets.IntSlider(32, 8, 128, description="custom: layers"),
+    }
+
+    def enable(_=None):
+        """Gray out what has no effect now."""
+        custom = controls["model"].value == CUSTOM
+        controls["billions"].disabled = controls["layers"].disabled = not custom
+        controls["group_size"].disabled = controls["format"].value in ("fp32", "fp16")
+
+    for name in ("model", "format"):
+        controls[name].observe(enable, names="value")
+    enable()
+    return Explorer(controls, memory, MemoryFigure(CARDS))

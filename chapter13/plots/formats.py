@@ -1,0 +1,308 @@
+"""The pictures of notebook 00: parameters, bits, spacings, casts, sizes, and what fits."""
+
+import numpy as np
+import torch
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from chapter13.plots.live import LiveFigure
+from chapter13.plots.picture import COLORS, Picture, new_figure, style
+
+# parts of a model: a bar shows either the first five or the last four
+PARTS = {
+    "embeddings": "#CC79A7",
+    "attention": "#0072B2",
+    "MLP": "#56B4E9",
+    "norms": "#D55E00",
+    "head": "#E69F00",
+    "codes": "#0072B2",
+    "scales": "#D55E00",
+    "kept": "#CC79A7",
+    "KV cache": "#009E73",
+}
+PART_NAMES = {
+    "codes": "weights of the layers",
+    "scales": "their scales",
+    "kept": "embeddings, head, norms",
+}
+FIELDS = {"sign": "#E6A07C", "exponent": "#F5D58C", "mantissa": "#A8D8F0"}  # black digits on them
+FORMAT_COLORS = {
+    "fp32": COLORS["original"],
+    "fp16": COLORS["fp16"],
+    "bf16": COLORS["bf16"],
+    "int8": COLORS["int8"],
+    "int4": COLORS["int4"],
+}
+MARKERS = {"fp32": "s", "fp16": "D", "bf16": "D", "int8": "o", "int4": "^"}
+
+
+def stacked(rows: dict[str, dict[str, float]], label: str, alt: str) -> Picture:
+    """One horizontal bar a row, its parts side by side; percentages where there is room.
+
+    rows: name -> {part: amount}, parts named in PARTS. label: what the axis counts.
+    """
+    parts = list(dict.fromkeys(part for row in rows.values() for part in row))
+    most = max(sum(row.values()) for row in rows.values())
+    with style():
+        figure, ax = new_figure(width=10, height=1.5 + 0.62 * len(rows))
+        for y, row in enumerate(reversed(rows.values())):
+            left, total = 0, sum(row.values())
+            for part, amount in row.items():
+                ax.barh(y, amount, 0.66, left, color=PARTS[part], edgecolor="white")
+                if amount > 0.055 * most:
+                    text = f"{amount / total:.0%}"
+                    ink = "white" if PARTS[part] in ("#0072B2", "#D55E00") else "black"
+                    ax.text(left + amount / 2, y, text, ha="center", va="center", color=ink)
+                left += amount
+        ax.set(xlabel=label, yticks=range(len(rows)), yticklabels=list(rows)[::-1])
+        ax.set_xlim(0, most * 1.01)
+        ax.grid(axis="y", visible=False)
+        handles = [Patch(color=PARTS[part], label=PART_NAMES.get(part, part)) for part in parts]
+        figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+        return Picture(figure, alt)
+
+
+def parameter_shares(models: dict[str, dict[str, int]]) -> Picture:
+    """What share of each model's parameters each part has; models: name -> {part: parameters}."""
+    rows, said = {}, []
+    for name, parts in models.items():
+        total = sum(parts.values())
+        rows[name] = {part: 100 * count / total for part, count in parts.items()}
+        ends = 1 - (parts["attention"] + parts["MLP"]) / total
+        said.append(f"{ends:.0%} of {name}")
+    alt = "The share of each part in the parameters. Embeddings, head and norms make up "
+    return stacked(rows, "share of all parameters (%)", alt + " and ".join(said) + ".")
+
+
+def spacing(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Picture:
+    """The gap from a number to the next larger one; curves: format -> (magnitudes, gaps)."""
+    with style():
+        figure, ax = new_figure(width=10, height=4.2)
+        for name, (magnitudes, gaps) in curves.items():
+            color = FORMAT_COLORS[name]
+            ax.loglog(magnitudes, gaps, color=color, label=name, lw=2.5)
+            ax.plot(magnitudes[-1], gaps[-1], "|", color=color, ms=20, mew=3)
+        ax.set(xlabel="magnitude of the number", ylabel="gap to the next number")
+        ax.legend(loc="upper left")
+    alt = (
+        "The gap to the next number against the number itself, both on log axes. "
+        "Floating-point gaps grow with the number, in steps; each line ends where its format does"
+    )
+    return Picture(figure, alt + (", and int8 has one gap for all." if "int8" in curves else "."))
+
+
+def cast_errors(weight: torch.Tensor, casts: dict[str, torch.Tensor]) -> Picture:
+    """Histograms of the relative errors of casts, with half of each format's epsilon as a line.
+
+    casts: format -> the weight in that format. Weights that come out exact are left out.
+    """
+    edges = np.logspace(-7, 0, 141)
+    medians = []
+    with style():
+        figure, ax = new_figure(width=10, height=3.8)
+        for name, cast in casts.items():
+            errors = _relative_errors(weight, cast)
+            share = np.histogram(errors, edges)[0] / len(errors)
+            color, bound = FORMAT_COLORS[name], torch.finfo(cast.dtype).eps / 2
+            ax.stairs(100 * share, edges, fill=True, alpha=0.6, color=color, label=name)
+            ax.axvline(bound, color=color, ls="--", lw=2)
+            place = {"transform": ax.get_xaxis_transform(), "va": "top"}
+            ax.text(bound * 1.08, 1, f"$2^{{{round(np.log2(bound))}}}$", **place)
+            medians.append(f"{np.median(errors[errors > 0]):.1e} for {name}")
+        ax.set(xscale="log", xlim=(edges[0], edges[-1]), xlabel="relative error of a weight")
+        ax.set(ylabel="weights (%)")
+        ax.legend(loc="upper left")
+    alt = (
+        "Histograms of the relative error that a cast leaves, on a log axis; the dashed lines are "
+    )
+    return Picture(figure, f"{alt} half of each epsilon. The median is {', '.join(medians)}.")
+
+
+def _relative_errors(weight: torch.Tensor, approximation: torch.Tensor) -> np.ndarray:
+    """|approximation - weight| / |weight| of all weights that are not zero, flat."""
+    weight, approximation = weight.double().flatten(), approximation.double().flatten()
+    some = weight != 0
+    return ((approximation - weight)[some] / weight[some]).abs().numpy()
+
+
+def number_lines(lines: dict[str, np.ndarray]) -> Picture:
+    """The values a format can hold, a tick each; lines: label -> values."""
+    with style():
+        figure, ax = new_figure(width=10, height=0.9 + 0.9 * len(lines))
+        for y, values in enumerate(reversed(lines.values())):
+            ax.vlines(values, y - 0.3, y + 0.3, color=COLORS["text"], lw=0.9)
+        ax.set(yticks=range(len(lines)), yticklabels=list(lines)[::-1], xlabel="value")
+        ax.set_ylim(-0.5, len(lines) - 0.5)
+        ax.grid(visible=False)
+    counts = ", ".join(f"{name}: {len(values)} values" for name, values in lines.items())
+    alt = f"Every value between the ends, a tick each ({counts}). "
+    return Picture(figure, alt + "The integer grid is even; the other is dense around zero.")
+
+
+def relative_steps(weight: torch.Tensor, approximations: dict[str, torch.Tensor]) -> Picture:
+    """The root mean square relative error of the weights by their magnitude.
+
+    approximations: format -> the weight as that format holds it. Below, how many weights there are.
+    """
+    sizes = weight[weight != 0].abs().double().numpy()
+    edges = np.logspace(np.log10(sizes.max()) - 5, np.log10(sizes.max() * 1.000001), 26)
+    middles = np.sqrt(edges[1:] * edges[:-1])
+    counts = np.histogram(sizes, edges)[0]
+    with style():
+        figure, (ax, below) = new_figure(
+            width=10, height=4.3, rows=2, sharex=True, height_ratios=[3, 1]
+        )
+        for name, approximation in approximations.items():
+            squares = _relative_errors(weight, approximation) ** 2
+            sums = np.histogram(sizes, edges, weights=squares)[0]
+            error = np.sqrt(sums[counts > 0] / counts[counts > 0])
+            look = {"color": FORMAT_COLORS[name], "marker": MARKERS[name], "ms": 6}
+            ax.loglog(middles[counts > 0], error, label=name, **look)
+        ax.axhline(1, color=COLORS["text"], lw=1.2, ls=":")
+        ax.set(ylabel="relative error (RMS)")
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        shares = 100 * counts / counts.sum()
+        below.stairs(shares, edges, fill=True, color=COLORS["original"])
+        below.set(xlabel="magnitude of the weight", ylabel="weights (%)")
+    lost = (approximations["int8"][weight != 0] == 0).double().mean().item()
+    alt = (
+        "The relative error of the weights by their magnitude, on log axes; below, how many weights "
+        "there are. fp16 and bf16 treat large and small alike; int8 loses the more, the smaller the "
+        f"weight: {lost:.0%} of the weights end up on zero, an error of 100% (dotted)."
+    )
+    return Picture(figure, alt)
+
+
+def kv_cache(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Picture:
+    """GB of keys and values against the length of the text; curves: model -> (tokens, GB)."""
+    palette = ["#D55E00", "#0072B2", "#009E73", "#CC79A7"]
+    with style():
+        figure, ax = new_figure(width=10, height=3.9)
+        for (name, (tokens, gigabytes)), color in zip(curves.items(), palette, strict=False):
+            ax.loglog(tokens, gigabytes, color=color, marker="o", ms=6, label=name)
+        ax.axhline(24, color=COLORS["text"], ls="--", lw=1.5)
+        ax.text(tokens[0], 26, "all the memory of a 24 GB card", va="bottom", fontsize=12)
+        ax.set(xlabel="tokens in the context", ylabel="KV cache (GB, 16 bits)")
+        ax.set_xticks(tokens, [f"{count // 1024}k" for count in tokens])
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    last = ", ".join(f"{name} {gb[-1]:.1f} GB" for name, (_, gb) in curves.items())
+    alt = f"The KV cache grows with the text; at {tokens[-1] // 1024}k tokens: {last}."
+    return Picture(figure, alt)
+
+
+def sizes_and_cards(sizes: dict[str, dict[str, float]], cards: dict[str, float]) -> Picture:
+    """Each model in each format against memory; sizes: model -> {format: GB}; cards: name -> GB."""
+    with style():
+        figure, ax = new_figure(width=10, height=4.6)
+        for y, row in enumerate(reversed(sizes.values())):
+            ax.plot([min(row.values()), max(row.values())], [y, y], color=COLORS["grid"], lw=4)
+            for format, gigabytes in row.items():
+                ax.plot(gigabytes, y, MARKERS[format], color=FORMAT_COLORS[format], ms=11)
+        for memory in sorted(set(cards.values())):
+            ax.axvline(memory, color=COLORS["text"], lw=1.2, ls="--", zorder=0)
+            ax.text(memory, 1.01, f"{memory:g}", transform=ax.get_xaxis_transform(), ha="center")
+        ax.set_title("memory of today's cards (GB)", pad=24, fontsize=13, weight="normal")
+        ax.set(xscale="log", xlabel="weights (GB)")
+        ax.set(
+            yticks=range(len(sizes)), yticklabels=list(sizes)[::-1], ylim=(-0.6, len(sizes) - 0.4)
+        )
+        ax.set_xticks([0.1, 0.3, 1, 3, 10, 30, 100, 300], "0.1 0.3 1 3 10 30 100 300".split())
+        ax.xaxis.set_minor_locator(LogLocator(subs=[]))
+        for format in next(iter(sizes.values())):
+            ax.plot([], [], MARKERS[format], color=FORMAT_COLORS[format], ms=11, label=format)
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    largest, row = list(sizes.items())[-1]
+    alt = (
+        "The weights of each model in each format, on a log axis; dashed lines are the memory "
+        f"of today's cards. {largest} goes from {row['fp32']:.0f} GB to {row['int4']:.0f} GB."
+    )
+    return Picture(figure, alt)
+
+
+class BitsFigure(LiveFigure):
+    """Shows an `explorers.formats.NumberView`: one number in fp32, fp16 and bf16, bit by bit."""
+
+    def __init__(self):
+        super().__init__(width=10, height=3.0)
+        with style():
+            ax = self.axes
+            ax.set(xlim=(-0.2, 32.2), ylim=(0, 6.0))
+            ax.set_axis_off()
+            self._places, self._heads = [], []
+            for row, fields in enumerate([(1, 8, 23), (1, 5, 10), (1, 8, 7)]):
+                bottom, left = 4.1 - 2 * row, 0
+                for color, width in zip(FIELDS.values(), fields, strict=True):
+                    box = Rectangle((left, bottom), width, 0.9, facecolor=color, edgecolor="black")
+                    ax.add_patch(box)
+                    left += width
+                self._places += [(i + 0.5, bottom + 0.44) for i in range(sum(fields))]
+                self._heads.append(ax.text(0, bottom + 1.1, "", fontsize=13, weight="bold"))
+            # markers in the shape of digits are drawn four times as fast as texts
+            like = {"ls": "", "ms": 11, "mew": 0, "color": "black"}
+            self._digits = [ax.plot([], [], marker=f"$\\mathtt{{{d}}}$", **like)[0] for d in "01"]
+            handles = [Patch(facecolor=c, edgecolor="black", label=n) for n, c in FIELDS.items()]
+            ax.legend(handles=handles, loc="upper right", ncols=3, borderaxespad=0)
+            self.animate(*self._heads, *self._digits)
+
+    def update(self, view):
+        for head, stored in zip(self._heads, view.stored, strict=True):
+            head.set_text(f"{stored.format}: {stored.value:.9g}   ({stored.loss})")
+        bits = np.array([int(bit) for stored in view.stored for bit in stored.bits])
+        places = np.array(self._places)
+        for digit, marks in enumerate(self._digits):
+            marks.set_data(*places[bits == digit].T)
+
+
+class MemoryFigure(LiveFigure):
+    """Shows an `explorers.formats.MemoryView`: what a model takes, above the memory of cards."""
+
+    def __init__(self, cards: dict[str, float]):
+        super().__init__(width=10, height=4.5)
+        self._cards, self._limit = cards, None
+        with style():
+            ax = self.axes
+            top = len(cards) + 0.6
+            labels = [f"{name}: {memory:g}" for name, memory in cards.items()]
+            ax.set(
+                yticks=[top, *range(len(cards) - 1, -1, -1)], yticklabels=["this model", *labels]
+            )
+            ax.set(xlabel="GB", ylim=(-0.6, top + 0.9))
+            ax.grid(axis="y", visible=False)
+            parts = ["codes", "scales", "kept", "KV cache"]
+            self._parts = {
+                part: ax.add_patch(Rectangle((0, top - 0.6), 0, 1.2, color=PARTS[part]))
+                for part in parts
+            }
+            self._memory = [
+                ax.add_patch(Rectangle((0, y - 0.32), memory, 0.64))
+                for y, memory in enumerate(reversed(cards.values()))
+            ]
+            handles = [Patch(color=PARTS[part], label=PART_NAMES.get(part, part)) for part in parts]
+            handles += [
+                Patch(facecolor="#B9DDCF", edgecolor="#00634A", label="card holds it"),
+                Patch(facecolor="white", edgecolor="#777777", label="too small"),
+            ]
+            self.figure.legend(handles=handles, loc="outside upper center", ncols=3)
+            self._line = ax.axvline(0, color=COLORS["text"], lw=1.5, ls="--")
+            self._total = ax.text(0, top, "", va="center", weight="bold")
+            self.animate(*self._memory, self._line, *self._parts.values(), self._total)
+
+    def update(self, view):
+        if view.limit != self._limit:
+            self._limit = view.limit
+            self.axes.set_xlim(0, view.limit)
+            self.redraw()
+        left = 0
+        for part, bar in self._parts.items():
+            bar.set_x(left)
+            bar.set_width(view.gigabytes[part])
+            left += view.gigabytes[part]
+        for bar, memory in zip(self._memory, reversed(self._cards.values()), strict=True):
+            holds = memory >= view.total
+            bar.set(facecolor="#B9DDCF" if holds else "white")
+            bar.set(edgecolor="#00634A" if holds else "#777777")
+        self._line.set_xdata([left, left])
+        self._total.set_text(f" {view.total:.3g} GB")
+        self._total.set_x(left)
