@@ -3,7 +3,9 @@
 `python tools/pins.py check` (in CI) goes further and really installs what environment.yml says.
 """
 
+import ast
 import re
+import sys
 import tomllib
 from importlib import metadata
 
@@ -92,3 +94,27 @@ def test_differences_name_what_drifted():
 def test_a_line_that_pins_nothing_is_an_error(line):
     with pytest.raises(ValueError, match="not a pin of the form name==version"):
         pins.parse_pins(line)
+
+
+def imported(path):
+    """Top-level names that a Python file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module.partition(".")[0]
+
+
+@pytest.mark.parametrize("folder", ["chapter13", "tools", "tests"])
+def test_what_the_code_imports_is_required(folder):
+    """Nothing works only because another package happens to bring it along."""
+    required = {pins.normalized(requirement.name) for requirement in REQUIREMENTS}
+    ours = {"chapter13", "tools", "conftest"} | {path.stem for path in pins.ROOT.glob("tests/*.py")}
+    providers = metadata.packages_distributions()
+    missing = {
+        f"{path.name} imports {name}"
+        for path in (pins.ROOT / folder).rglob("*.py")
+        for name in set(imported(path)) - sys.stdlib_module_names - ours
+        if not required & {pins.normalized(found) for found in providers.get(name, [])}
+    }
+    assert not missing
