@@ -135,9 +135,11 @@ def test_without_a_kernel_picture_and_readout_remain(panel):
 def test_words_in_the_picture_are_large_and_inside(panel):
     figure = panel.figure.figure
     width, height = panel.figure.canvas.get_width_height()
-    ticks = {label for ax in figure.axes for label in ax.get_xticklabels() + ax.get_yticklabels()}
     for changed in some_settings(panel, count=10):
         panel.set(**changed)
+        # anew each time: other limits may need more ticks than there were
+        labels = [ax.get_xticklabels() + ax.get_yticklabels() for ax in figure.axes]
+        ticks = set(sum(labels, []))
         for text in figure.findobj(Text):
             if not text.get_visible() or not text.get_text().strip():
                 continue

@@ -25,6 +25,7 @@ class AbsmaxFigure(LiveFigure):
             error.set(ylim=(0, 1.18), xlabel="error: weight − level")
             for ax in self.axes:
                 ax.set_yticks([0, 0.5, 1])
+                ax.locator_params(axis="x", nbins=6)  # more would touch in the narrow one
                 ax.set_title(" ")  # room for the titles that change
             no_data = np.zeros(1), np.arange(2)
             gray = {"fill": True, "color": COLORS["original"], "alpha": 0.55}
