@@ -27,7 +27,9 @@ def weight():
     return torch.randn(96, 128, generator=torch.Generator().manual_seed(13)) * 0.02
 
 
-PANELS = {  # module in chapter13.explorers -> a panel of it, given the module
+PANELS = {  # module in chapter13.explorers (and a word more) -> a panel of it, given the module
+    "formats": lambda module: module.explore_memory(),
+    "formats number": lambda module: module.explore_number(),
     "absmax": lambda module: module.explore_absmax({"a": weight(), "b": 3 * weight()}),
 }
 
@@ -37,7 +39,8 @@ PANELS = {  # module in chapter13.explorers -> a panel of it, given the module
 
 @pytest.fixture(params=PANELS)
 def panel(request):
-    panel = PANELS[request.param](import_module(f"chapter13.explorers.{request.param}"))
+    module = import_module(f"chapter13.explorers.{request.param.split()[0]}")
+    panel = PANELS[request.param](module)
     yield panel
     panel.close()
 

@@ -37,20 +37,20 @@ MARKERS = {"fp32": "s", "fp16": "D", "bf16": "D", "int8": "o", "int4": "^"}
 
 
 def stacked(rows: dict[str, dict[str, float]], label: str, alt: str) -> Picture:
-    """One horizontal bar a row, its parts side by side; percentages where there is room.
+    """One horizontal bar a row, its parts side by side, with their numbers where there is room.
 
-    rows: name -> {part: amount}, parts named in PARTS. label: what the axis counts.
+    rows: name -> {part: percent}, parts named in PARTS. label: what the axis counts.
     """
     parts = list(dict.fromkeys(part for row in rows.values() for part in row))
     most = max(sum(row.values()) for row in rows.values())
     with style():
         figure, ax = new_figure(width=10, height=1.5 + 0.62 * len(rows))
         for y, row in enumerate(reversed(rows.values())):
-            left, total = 0, sum(row.values())
+            left = 0
             for part, amount in row.items():
                 ax.barh(y, amount, 0.66, left, color=PARTS[part], edgecolor="white")
                 if amount > 0.055 * most:
-                    text = f"{amount / total:.0%}"
+                    text = f"{amount:.0f}%"
                     ink = "white" if PARTS[part] in ("#0072B2", "#D55E00") else "black"
                     ax.text(left + amount / 2, y, text, ha="center", va="center", color=ink)
                 left += amount
@@ -96,7 +96,7 @@ def cast_errors(weight: torch.Tensor, casts: dict[str, torch.Tensor]) -> Picture
 
     casts: format -> the weight in that format. Weights that come out exact are left out.
     """
-    edges = np.logspace(-7, 0, 141)
+    edges = np.logspace(-5, -2, 91)
     medians = []
     with style():
         figure, ax = new_figure(width=10, height=3.8)
@@ -145,7 +145,7 @@ def relative_steps(weight: torch.Tensor, approximations: dict[str, torch.Tensor]
     approximations: format -> the weight as that format holds it. Below, how many weights there are.
     """
     sizes = weight[weight != 0].abs().double().numpy()
-    edges = np.logspace(np.log10(sizes.max()) - 5, np.log10(sizes.max() * 1.000001), 26)
+    edges = np.logspace(np.log10(sizes.max()) - 4, np.log10(sizes.max() * 1.000001), 21)
     middles = np.sqrt(edges[1:] * edges[:-1])
     counts = np.histogram(sizes, edges)[0]
     with style():
@@ -155,39 +155,51 @@ def relative_steps(weight: torch.Tensor, approximations: dict[str, torch.Tensor]
         for name, approximation in approximations.items():
             squares = _relative_errors(weight, approximation) ** 2
             sums = np.histogram(sizes, edges, weights=squares)[0]
-            error = np.sqrt(sums[counts > 0] / counts[counts > 0])
+            error = np.sqrt(sums / np.maximum(counts, 1))
+            error[error == 0] = np.nan  # no error at all: no point on a log axis
             look = {"color": FORMAT_COLORS[name], "marker": MARKERS[name], "ms": 6}
-            ax.loglog(middles[counts > 0], error, label=name, **look)
+            ax.loglog(middles, error, label=name, **look)
         ax.axhline(1, color=COLORS["text"], lw=1.2, ls=":")
-        ax.set(ylabel="relative error (RMS)")
+        ax.set(ylabel="relative error (RMS)", ylim=(3e-5, 3))
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
         shares = 100 * counts / counts.sum()
         below.stairs(shares, edges, fill=True, color=COLORS["original"])
         below.set(xlabel="magnitude of the weight", ylabel="weights (%)")
     lost = (approximations["int8"][weight != 0] == 0).double().mean().item()
     alt = (
-        "The relative error of the weights by their magnitude, on log axes; below, how many weights "
-        "there are. fp16 and bf16 treat large and small alike; int8 loses the more, the smaller the "
-        f"weight: {lost:.0%} of the weights end up on zero, an error of 100% (dotted)."
+        "The relative error of the weights by their magnitude, on log axes; below, how many "
+        "weights there are. fp16 and bf16 treat large and small alike; int8 loses the more, the "
+        f"smaller the weight: {lost:.0%} of the weights end up on zero, an error of 100% (dotted)."
     )
     return Picture(figure, alt)
 
 
-def kv_cache(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Picture:
-    """GB of keys and values against the length of the text; curves: model -> (tokens, GB)."""
+def sizes(rows: dict[str, dict[str, float]]) -> Picture:
+    """The bytes of models in several formats, in percent of float32; rows: name -> {part: %}."""
+    said = ", ".join(f"{name} {sum(parts.values()):.0f}%" for name, parts in rows.items())
+    kept = list(rows.values())[-1]
+    alt = (
+        f"What is left of the bytes in fp32: {said}. In the last row, embeddings, head and norms "
+        f"make up {kept['kept'] / sum(kept.values()):.0%} of it."
+    )
+    return stacked(rows, "bytes (% of the model in fp32)", alt)
+
+
+def kv_cache(tokens: list[int], caches: dict[str, list[float]]) -> Picture:
+    """GB of keys and values against the length of the text; caches: model -> GB for `tokens`."""
     palette = ["#D55E00", "#0072B2", "#009E73", "#CC79A7"]
     with style():
         figure, ax = new_figure(width=10, height=3.9)
-        for (name, (tokens, gigabytes)), color in zip(curves.items(), palette, strict=False):
+        for (name, gigabytes), color in zip(caches.items(), palette, strict=True):
             ax.loglog(tokens, gigabytes, color=color, marker="o", ms=6, label=name)
         ax.axhline(24, color=COLORS["text"], ls="--", lw=1.5)
-        ax.text(tokens[0], 26, "all the memory of a 24 GB card", va="bottom", fontsize=12)
+        ax.text(tokens[0], 27, "all the memory of a 24 GB card", va="bottom", fontsize=12)
         ax.set(xlabel="tokens in the context", ylabel="KV cache (GB, 16 bits)")
         ax.set_xticks(tokens, [f"{count // 1024}k" for count in tokens])
         ax.xaxis.set_minor_locator(NullLocator())
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    last = ", ".join(f"{name} {gb[-1]:.1f} GB" for name, (_, gb) in curves.items())
+    last = ", ".join(f"{name} {gigabytes[-1]:.1f} GB" for name, gigabytes in caches.items())
     alt = f"The KV cache grows with the text; at {tokens[-1] // 1024}k tokens: {last}."
     return Picture(figure, alt)
 
@@ -200,10 +212,11 @@ def sizes_and_cards(sizes: dict[str, dict[str, float]], cards: dict[str, float])
             ax.plot([min(row.values()), max(row.values())], [y, y], color=COLORS["grid"], lw=4)
             for format, gigabytes in row.items():
                 ax.plot(gigabytes, y, MARKERS[format], color=FORMAT_COLORS[format], ms=11)
-        for memory in sorted(set(cards.values())):
+        for turn, memory in enumerate(sorted(set(cards.values()))):
             ax.axvline(memory, color=COLORS["text"], lw=1.2, ls="--", zorder=0)
-            ax.text(memory, 1.01, f"{memory:g}", transform=ax.get_xaxis_transform(), ha="center")
-        ax.set_title("memory of today's cards (GB)", pad=24, fontsize=13, weight="normal")
+            place = {"transform": ax.get_xaxis_transform(), "ha": "center"}
+            ax.text(memory, 1.01 + 0.07 * (turn % 2), f"{memory:g}", **place)
+        ax.set_title("memory of today's cards (GB)", pad=48, fontsize=13, weight="normal")
         ax.set(xscale="log", xlabel="weights (GB)")
         ax.set(
             yticks=range(len(sizes)), yticklabels=list(sizes)[::-1], ylim=(-0.6, len(sizes) - 0.4)

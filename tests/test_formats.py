@@ -1,0 +1,254 @@
+"""The explorers and pictures of notebook 00: each number shown, against one computed otherwise."""
+
+import math
+import re
+import struct
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from chapter13 import memory, quantize_absmax
+from chapter13.explorers import formats
+from chapter13.memory import CARDS, FORMATS, SHAPES
+from chapter13.plots import formats as pictures
+
+# --- a number's bits --------------------------------------------------------------------------
+
+
+def reference_bits(value):
+    """fp32, fp16 and bf16 bits by the standard library; bf16 by rounding fp32's to even."""
+    try:
+        half = struct.unpack(">H", struct.pack(">e", value))[0]
+    except OverflowError:
+        half = 0x7C00 if value > 0 else 0xFC00
+    single = struct.unpack(">I", struct.pack(">f", value))[0]
+    low, brain = single & 0xFFFF, single >> 16
+    brain += low > 0x8000 or (low == 0x8000 and brain & 1)
+    return {"fp32": f"{single:032b}", "fp16": f"{half:016b}", "bf16": f"{brain:016b}"}
+
+
+def decode(bits, exponent_bits):
+    """The value of sign, exponent and mantissa bits, by the definition."""
+    sign = -1.0 if bits[0] == "1" else 1.0
+    exponent = int(bits[1 : 1 + exponent_bits], 2)
+    mantissa = int(bits[1 + exponent_bits :], 2) / 2 ** (len(bits) - 1 - exponent_bits)
+    bias = 2 ** (exponent_bits - 1) - 1
+    if exponent == 2**exponent_bits - 1:
+        return sign * float("inf")
+    if exponent == 0:
+        return sign * mantissa * 2.0 ** (1 - bias)
+    return sign * (1 + mantissa) * 2.0 ** (exponent - bias)
+
+
+NUMBERS = [10.0**x for x in np.arange(-9, 6.01, 0.02)]  # every place of the slider
+NUMBERS += [0.15625, 0.1, 1 + 1 / 1024, 65504.0, 65519.0, 65520.0, 2.0**-24, 2.0**-25, 70000.0]
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_every_number_has_the_bits_of_the_standard(negative):
+    for number in NUMBERS:
+        view = formats.number(number, negative)
+        value = -number if negative else number
+        expected = reference_bits(value)
+        for stored in view.stored:
+            assert stored.bits == expected[stored.format]
+            held = decode(stored.bits, 5 if stored.format == "fp16" else 8)
+            assert stored.value == held
+            if held == value:
+                assert stored.loss == "exact"
+            elif np.isinf(held):
+                assert stored.loss.startswith("overflow")
+            elif held == 0:
+                assert stored.loss.startswith("underflow")
+            else:
+                error = abs((held - value) / value)
+                assert stored.loss == f"relative error {error:.1e}"
+            line = next(line for line in view.readout.splitlines() if stored.format in line)
+            assert line.split()[1] == f"{held:.9g}"
+            assert line.endswith(f"({stored.loss})")
+
+
+def test_the_picture_shows_the_bits():
+    figure = pictures.BitsFigure()
+    for value in (0.1, 1e-8, 70_000.0):
+        view = formats.number(value)
+        figure.update(view)
+        shown = {}
+        for digit, marks in enumerate(figure._digits):
+            shown |= {place: str(digit) for place in zip(*marks.get_data(), strict=True)}
+        rows = sorted({y for _, y in shown}, reverse=True)
+        for y, stored in zip(rows, view.stored, strict=True):
+            assert "".join(shown[x, y] for x, _ in sorted(p for p in shown if p[1] == y)) == (
+                stored.bits
+            )
+
+
+# --- the memory calculator --------------------------------------------------------------------
+
+
+def bits_per_weight(format, group_size, in_features):
+    """As the papers give it; double quantization without the few bytes a tensor."""
+    if format in ("fp32", "fp16"):
+        return FORMATS[format]
+    if format == "nf4":
+        return 4 + 32 / group_size
+    if format == "nf4+dq":
+        return 4 + 8 / group_size + 32 / (256 * group_size)
+    return FORMATS[format] + 16 / (in_features if group_size == "channel" else group_size)
+
+
+@pytest.fixture
+def panel():
+    panel = formats.explore_memory()
+    yield panel
+    panel.close()
+
+
+def options(panel, name):
+    return [o[1] if isinstance(o, tuple) else o for o in panel.controls[name].options]
+
+
+def expected_weights(shape, format, group_size):
+    """Bytes of the layers and of the rest; None where the group size does not apply."""
+    linear = 0
+    for out_features, in_features in shape.linears():
+        if format.startswith("int") and group_size != "channel" and in_features % group_size:
+            return None
+        if format.startswith("nf4") and group_size == "channel":
+            return None
+        bits = bits_per_weight(format, group_size, in_features)
+        linear += shape.layers * out_features * in_features * bits / 8
+    count = sum(memory.parameters(shape).values())
+    layers = shape.layers * sum(a * b for a, b in shape.linears())
+    return linear, (count - layers) * (4 if format == "fp32" else 2)
+
+
+def expected_cache(shape, context, batch, kv_bits):
+    vector = shape.head_dim * kv_bits / 8 + (2 if kv_bits < 16 else 0)
+    return 2 * shape.layers * shape.kv_heads * context * batch * vector
+
+
+def test_every_setting_of_the_calculator(panel):
+    shapes = SHAPES | {formats.CUSTOM: memory.similar_shape(3e9, 28)}
+    weights = [options(panel, name) for name in ("model", "format", "group_size")]
+    caches = [options(panel, name) for name in ("context", "batch", "kv_bits")]
+    applied = explained = 0
+    for model, format, group_size in product(*weights):
+        shape = shapes[model]
+        expected = expected_weights(shape, format, group_size)
+        for cache in product(*caches):
+            settings = (model, format, group_size, *cache, 3.0, 28)
+            if expected is None:
+                with pytest.raises(ValueError, match=r"does not divide|choose a number"):
+                    formats.memory(*settings)
+                explained += 1
+                continue
+            view = formats.memory(*settings)
+            shown = view.gigabytes
+            # double quantization: in each tensor a mean of 4 bytes, a short last block of scales
+            slack = 16 * 7 * shape.layers if format == "nf4+dq" else 0.5
+            assert abs((shown["codes"] + shown["scales"]) * 1e9 - expected[0]) <= slack
+            assert math.isclose(shown["kept"] * 1e9, expected[1], rel_tol=1e-12)
+            assert math.isclose(shown["KV cache"] * 1e9, expected_cache(shape, *cache))
+            assert math.isclose(view.total, sum(shown.values()), rel_tol=1e-12)
+            assert view.holds == [card for card, most in CARDS.items() if most >= view.total]
+            assert view.limit >= 1.15 * view.total
+            applied += 1
+    assert applied > 10 * explained > 0
+
+
+def test_the_readout_says_what_the_view_holds(panel):
+    for model, format in product(options(panel, "model"), options(panel, "format")):
+        panel.set(model=model, format=format, group_size=64, kv_bits=8, batch=2)
+        view, lines = (
+            panel.view,
+            dict(re.split(r"  +", line.strip(), maxsplit=1) for line in panel.readout.splitlines()),
+        )
+        assert lines["total"].startswith(
+            f"{view.total:.3g} GB = {view.total * 1e9 / 2**30:.3g} GiB"
+        )
+        codes, scales, bits = re.fullmatch(
+            r"(\S+) GB \+ scales (\S+) GB: (\S+) bits per weight", lines["layers"]
+        ).groups()
+        assert codes == f"{view.gigabytes['codes']:.3g}"
+        assert scales == f"{view.gigabytes['scales']:.3g}"
+        assert float(bits) == pytest.approx(bits_per_weight(format, 64, None), rel=5e-4)
+        assert lines["KV cache"] == f"{view.gigabytes['KV cache']:.3g} GB for 2 x 4,096 tokens"
+        assert lines["embeddings, head, norms"].startswith(f"{view.gigabytes['kept']:.3g} GB")
+        assert lines["fits"] == ("; ".join(view.holds) or "none of these cards alone")
+
+
+def test_what_no_card_holds(panel):
+    panel.set(model="Llama-3-70B", format="fp32")
+    assert panel.view.holds == []
+    assert panel.readout.endswith("none of these cards alone")
+
+
+def test_the_axis_stays_while_the_format_moves(panel):
+    limits = set()
+    for format in FORMATS:
+        panel.set(format=format)
+        limits.add(panel.view.limit)
+        assert panel.figure.axes.get_xlim() == (0, panel.view.limit)
+    assert len(limits) == 1
+
+
+def test_the_picture_stacks_the_parts(panel):
+    panel.set(model="Llama-3-8B", format="int4", context=131_072)
+    bars = list(panel.figure._parts.values())
+    widths = [panel.view.gigabytes[part] for part in panel.figure._parts]
+    assert [bar.get_width() for bar in bars] == widths
+    for left, right in zip(bars[:-1], bars[1:], strict=True):
+        assert right.get_x() == pytest.approx(left.get_x() + left.get_width())
+    end = bars[-1].get_x() + bars[-1].get_width()
+    assert end == pytest.approx(panel.view.total)
+    holding = [bar.get_facecolor() != (1, 1, 1, 1) for bar in panel.figure._memory]
+    assert holding == [card in panel.view.holds for card in reversed(CARDS)]
+
+
+def test_controls_without_effect_are_gray(panel):
+    def gray():
+        return {name for name, control in panel.controls.items() if control.disabled}
+
+    assert gray() == {"group_size", "billions", "layers"}  # Llama-2-7B in fp32
+    panel.set(format="int4")
+    assert gray() == {"billions", "layers"}
+    panel.set(model=formats.CUSTOM)
+    assert gray() == set()
+    panel.set(format="fp16")
+    assert gray() == {"group_size"}
+
+
+# --- still pictures ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weight():
+    return torch.randn(64, 128, generator=torch.Generator().manual_seed(3)) * 0.05
+
+
+def test_relative_steps_counts_what_int8_loses(weight):
+    quantized = quantize_absmax(weight, 8, scale_dtype=torch.float32)
+    casts = {"fp16": weight.half(), "bf16": weight.bfloat16(), "int8": quantized.dequantize()}
+    lost = (quantized.codes() == 0).float().mean().item()
+    assert (
+        f": {lost:.0%} of the weights end up on zero" in pictures.relative_steps(weight, casts).alt
+    )
+
+
+def test_cast_errors_tell_the_median(weight):
+    casts = {"fp16": weight.half(), "bf16": weight.bfloat16()}
+    alt = pictures.cast_errors(weight, casts).alt
+    for name, cast in casts.items():
+        errors = ((cast.double() - weight.double()) / weight.double()).abs()
+        median = np.median(errors[errors > 0].numpy())
+        assert f"{median:.1e} for {name}" in alt
+
+
+def test_parameter_shares_tell_the_ends():
+    shape = SHAPES["Llama-2-7B"]
+    alt = pictures.parameter_shares({"Llama-2-7B": memory.parameters(shape)}).alt
+    ends = 2 * 32000 * 4096 + 65 * 4096
+    assert f"{ends / 6_738_415_616:.0%} of Llama-2-7B" in alt
