@@ -41,11 +41,13 @@ def browser():
 
 @pytest.fixture(scope="module")
 def lab(browser, tmp_path_factory):
-    """JupyterLab on copies of the notebooks."""
-    copies = tmp_path_factory.mktemp("notebooks")
+    """JupyterLab on copies of the notebooks, beside an empty data/ for what they write."""
+    course = tmp_path_factory.mktemp("course")
+    (course / "data").mkdir()
+    (course / "notebooks").mkdir()
     for path in NOTEBOOKS:
-        shutil.copy(path, copies)
-    with jupyterlab(copies) as lab:
+        shutil.copy(path, course / "notebooks")
+    with jupyterlab(course / "notebooks") as lab:
         yield lab
 
 
@@ -80,8 +82,9 @@ def check_outputs(notebook):
         assert cell["execution_count"], f"this cell did not run:\n{source}"
         for output in cell["outputs"]:
             if "raises-exception" not in cell["metadata"].get("tags", []):
-                assert output["output_type"] != "error", f"{source}\n\n{output}"
-            assert output.get("name") != "stderr", f"{source}\n\n{output}"
+                failure = f"{source}\n\n{output.get('ename')}: {output.get('evalue')}"
+                assert output["output_type"] != "error", failure
+            assert output.get("name") != "stderr", f"{source}\n\n{output.get('text')}"
             if "image/png" in output.get("data", {}):
                 assert output["metadata"]["image/png"]["alt"], f"a picture without words:\n{source}"
 

@@ -60,7 +60,7 @@ def launch(playwright):
     )
 
 
-def wait_for(condition, what, seconds=30):
+def wait_for(condition, what, seconds=60):
     """The first true answer of `condition`, asked again and again. Raises TimeoutError."""
     end = time.monotonic() + seconds
     while not (answer := condition()):
@@ -136,6 +136,9 @@ def jupyterlab(folder):
     with tempfile.TemporaryDirectory(prefix="jupyterlab-") as private:
         env = os.environ | {name: os.path.join(private, name.lower()) for name in PRIVATE}
         env["JUPYTER_CONFIG_PATH"] = str(ROOT / "tools" / "jupyter")  # as `make lab` has it
+        env["OMP_NUM_THREADS"] = (
+            "1"  # on few cores torch's threads and the browser hinder each other
+        )
         log = Path(private, "log")
         with log.open("wb") as out:
             process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)

@@ -99,6 +99,7 @@ class Explorer(widgets.VBox):
             control.style.description_width = "initial"
             control.layout.width = "auto"
             control.layout.flex = "1 1 320px"
+            control.layout.margin = "2px 24px 2px 2px"
             control.observe(self._moved, names="value")
         bar = widgets.Box(
             list(self.controls.values()),
