@@ -1,0 +1,246 @@
+"""The explorer of notebook 07: what quantization does to the distribution of a layer's weights."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from statistics import NormalDist
+
+import ipywidgets as widgets
+import numpy as np
+import torch
+
+from chapter13.codebook import quantize_codebook
+from chapter13.errors import max_abs_error, mse, sqnr_db
+from chapter13.explorers.base import Explorer, lines
+from chapter13.integer import quantize_absmax, quantize_affine
+from chapter13.models import LINEARS, linear_weights
+from chapter13.plots.distributions import DistributionsFigure, percent
+from chapter13.tensors import QuantizedTensor
+
+MOST = 1 << 20  # weights; of a larger matrix as many whole rows as make these are shown
+DRAWN = 100_000  # weights that make the error histogram; every number in the readout is of all
+# Histograms have 121 bins out to 4.5 standard deviations; zero lies in the middle of a bin.
+EDGES = np.linspace(-4.5, 4.5, 122)
+# 201 probabilities: those with which a normal variable stays below -3.5, -3.465, .. 3.5 sigma
+PROBABILITIES = np.array([NormalDist().cdf(z) for z in np.linspace(-3.5, 3.5, 201)])
+GROUP_SIZES = ["tensor", "channel", 128, 64, 32, 16]
+
+
+def _integer(quantize):
+    def quantize_weight(weight, bits, group_size):
+        return quantize(weight, bits, None if group_size == "tensor" else group_size)
+
+    return quantize_weight
+
+
+def _code_book(kind):
+    def quantize_weight(weight, bits, group_size):
+        if bits != 4:
+            raise ValueError(f"{kind} is a table of 16 values: it has 4 bits, not {bits}")
+        block_size = {"tensor": weight.numel(), "channel": weight.shape[1]}.get(
+            group_size, group_size
+        )
+        return quantize_codebook(weight, kind, block_size)
+
+    return quantize_weight
+
+
+# name -> function of (weight, bits, group size): the one place that knows the methods
+METHODS: dict[str, Callable[[torch.Tensor, int, int | str], QuantizedTensor]] = {
+    "absmax": _integer(quantize_absmax),
+    "affine": _integer(quantize_affine),
+    "nf4": _code_book("nf4"),
+    "fp4": _code_book("fp4"),
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight, and what is needed of it at every move; made by `prepare`."""
+
+    weight: torch.Tensor
+    """float32 (rows, in_features): the whole matrix, or some of its rows if it is large."""
+    out_features: int
+    """Rows of the whole matrix."""
+    sigma: float
+    """Standard deviation; 1 where all weights are equal."""
+    density: np.ndarray
+    """The weights' histogram: (121,) densities on EDGES, in standard deviations."""
+    quantiles: np.ndarray
+    """The weights' quantiles at PROBABILITIES, in standard deviations."""
+    sample: torch.Tensor
+    """int64: which weights make the error histogram."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What the explorer shows at one position of its controls."""
+
+    layer: Layer
+    method: str
+    bits: int
+    code_counts: np.ndarray
+    """How many weights have each of the 2**bits codes, from the lowest level to the highest."""
+    used: int
+    entropy: float
+    """Of the codes, in bits."""
+    levels: np.ndarray
+    """With a single scale: the values in use, ascending, in standard deviations. Else empty."""
+    level_heights: np.ndarray
+    """How many weights have each of these values, relative to the most frequent."""
+    density: np.ndarray
+    """The reconstruction's histogram, as that of the layer."""
+    zeros: float
+    """Share of the weights that become exactly 0."""
+    error_density: np.ndarray
+    """The error's histogram: densities on EDGES, in units of the error's root mean square."""
+    quantiles: np.ndarray
+    """The reconstruction's quantiles at PROBABILITIES, in the weights' standard deviations."""
+    readout: str
+    alt: str
+
+
+def entropy(counts: np.ndarray) -> float:
+    """-sum(p log2 p) in bits, of how often each code occurs (Shannon 1948).
+
+    The least number of bits per code that a lossless compressor needs, taking codes one by one.
+
+    >>> entropy(np.array([5, 5, 5, 5])), entropy(np.array([20, 0, 0, 0]))
+    (2.0, 0.0)
+    """
+    shares = counts[counts > 0] / counts.sum()
+    return float(abs(np.sum(shares * np.log2(shares))))
+
+
+def count_codes(quantized: QuantizedTensor) -> np.ndarray:
+    """How many weights have each code, from the lowest level to the highest, int64 (2**bits,)."""
+    codes, bits = quantized.codes().view(-1), quantized.bits
+    counts = torch.bincount(codes.view(torch.uint8), minlength=256)
+    if codes.dtype == torch.int8:  # a code's byte is its two's complement: 0, 1, .. 127, -128, ..
+        half = 1 << (bits - 1)
+        counts = torch.cat([counts[256 - half :], counts[:half]])
+    elif quantized.code_book is not None:
+        counts = counts[quantized.code_book.argsort(stable=True)]
+    return counts[: 1 << bits].numpy()
+
+
+def prepare(weight: torch.Tensor) -> Layer:
+    """Everything about a weight (out_features, in_features) that no control changes.
+
+    Raises as `quantize_absmax`, and ValueError for a weight that is not a matrix.
+    """
+    quantize_absmax(weight, group_size="channel", scale_dtype=torch.float32)  # says what is wrong
+    whole = weight.detach().float().cpu().contiguous()
+    weight = whole[_rows(whole)] if whole.numel() > MOST else whole
+    values = np.sort(weight.numpy(), axis=None)
+    sigma = weight.std(correction=0).item() or 1.0
+    few = torch.Generator().manual_seed(0)
+    sample = torch.randint(weight.numel(), (min(DRAWN, weight.numel()),), generator=few)
+    return Layer(
+        weight=weight,
+        out_features=len(whole),
+        sigma=sigma,
+        density=_density(values, sigma),
+        quantiles=_quantiles(values) / sigma,
+        sample=sample.sort().values,
+    )
+
+
+def view(layer: Layer, method: str, bits: int, group_size: int | str) -> View:
+    """The layer quantized. Raises ValueError where method, bits and group size do not agree."""
+    weight = layer.weight
+    quantized = METHODS[method](weight, bits, group_size)
+    approximation = quantized.dequantize()
+    code_counts = count_codes(quantized)
+    used, information = np.count_nonzero(code_counts), entropy(code_counts)
+    values = np.sort(approximation.numpy(), axis=None)
+    few = values if quantized.scale.numel() == 1 else values[:0]
+    levels, heights = np.unique(few, return_counts=True)
+    zeros = (np.searchsorted(values, 0, "right") - np.searchsorted(values, 0)) / len(values)
+
+    error = mse(weight, approximation)
+    errors = approximation.view(-1)[layer.sample] - weight.view(-1)[layer.sample]
+    sqnr = sqnr_db(weight, approximation)
+
+    rows = ("all" if len(weight) == layer.out_features else len(weight), layer.out_features)
+    readout = lines(
+        ("rows shown", f"{rows[0]} of {rows[1]}"),
+        ("standard deviation σ", f"{layer.sigma:.3g}"),
+        ("codes in use", f"{used} of {2**bits}"),
+        ("entropy of the codes", f"{information:.2f} of {bits} bits"),
+        ("weights that become 0", percent(zeros)),
+        ("mean squared error", f"{error:.2e}"),
+        ("SQNR", f"{sqnr:.1f} dB"),
+        ("largest error", f"{max_abs_error(weight, approximation):.2e}"),
+        ("memory", f"{quantized.bits_per_weight:.3g} bits per weight"),
+    )
+    return View(
+        layer=layer,
+        method=method,
+        bits=bits,
+        code_counts=code_counts,
+        used=used,
+        entropy=information,
+        levels=levels / layer.sigma,
+        level_heights=heights / heights.max(initial=1),
+        density=_density(values, layer.sigma),
+        zeros=zeros,
+        error_density=_density(np.sort(errors.numpy()), error**0.5 or 1.0),
+        quantiles=_quantiles(values) / layer.sigma,
+        readout=readout,
+        alt=(
+            f"Four panels for {method} with {bits} bits: the weights and their reconstruction; "
+            f"the codes, {used} of {2**bits} in use, with {information:.2f} bits of entropy; "
+            f"the shape of the error, at {sqnr:.1f} dB SQNR; and the quantiles of the "
+            "reconstruction against those of the weights."
+        ),
+    )
+
+
+def explore_distributions(weight: torch.Tensor | None = None) -> Explorer:
+    """A panel: a layer of the embedded model (or `weight`), quantized by any method.
+
+    weight: a matrix (out_features, in_features); None for the embedded model's linear layers, with
+    controls for the block and the kind of layer. Raises as `prepare`.
+    """
+    controls = {
+        "method": widgets.Dropdown(options=list(METHODS), description="method"),
+        "bits": widgets.IntSlider(4, 2, 8, description="bits"),
+        "group_size": widgets.SelectionSlider(
+            options=GROUP_SIZES, value="tensor", description="group size"
+        ),
+    }
+    if weight is not None:
+        return Explorer(controls, partial(view, prepare(weight)), DistributionsFigure())
+
+    weights = linear_weights()
+    names = {tuple(name.split(".")[2:5:2]): name for name in weights}  # ("12", "q_proj") -> name
+    prepared = lru_cache(maxsize=4)(lambda name: prepare(weights[name]))
+    layers = {
+        "block": widgets.IntSlider(12, 0, len(names) // len(LINEARS) - 1, description="block"),
+        "layer": widgets.Dropdown(options=LINEARS, value="gate_proj", description="layer"),
+    }
+
+    def compute(block, layer, **settings):
+        return view(prepared(names[str(block), layer]), **settings)
+
+    return Explorer({**layers, **controls}, compute, DistributionsFigure())
+
+
+def _rows(weight):
+    """Evenly spaced rows of a large matrix, and those of its extremes, which set its grids."""
+    count = max(1, MOST // weight.shape[1])
+    rows = torch.linspace(0, len(weight) - 1, count).long()
+    extremes = torch.stack([weight.argmin(), weight.argmax()]) // weight.shape[1]
+    return torch.cat([rows, extremes]).unique()
+
+
+def _density(values, unit):
+    """The density of the sorted `values` / unit on EDGES."""
+    below = np.searchsorted(values, (EDGES * unit).astype(np.float32))
+    return np.diff(below) / (len(values) * np.diff(EDGES))
+
+
+def _quantiles(values):
+    """The quantiles of sorted values at PROBABILITIES: always one of the values, never between."""
+    return values[np.round(PROBABILITIES * (len(values) - 1)).astype(int)]

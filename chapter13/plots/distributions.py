@@ -1,0 +1,225 @@
+"""The pictures of notebook 07: histograms of weights, codes and errors, and Q-Q plots."""
+
+import numpy as np
+from matplotlib.collections import LineCollection
+
+from chapter13.plots.live import LiveFigure
+from chapter13.plots.picture import COLORS, Picture, new_figure, style
+
+METHOD_COLORS = {
+    "absmax": COLORS["int8"],
+    "affine": COLORS["affine"],
+    "nf4": COLORS["nf4"],
+    "fp4": COLORS["fp4"],
+}
+
+
+def percent(share):
+    """A share in percent with one decimal; 100.0% and 0.0% only where it is all or nothing."""
+    return f"{share:.1%}" if share in (0, 1) else f"{min(max(share, 0.001), 0.999):.1%}"
+
+
+def three_histograms(original, int8, int4, bins=80):
+    """The chapter's picture: densities of three float arrays of any shape, `bins` bins each."""
+    panels = [
+        ("FP32 original", original, COLORS["original"]),
+        ("INT8 reconstructed", int8, COLORS["int8"]),
+        ("INT4 reconstructed", int4, COLORS["int4"]),
+    ]
+    peaks = []
+    with style():
+        figure, axes = new_figure(width=10, height=3.4, cols=3, sharex=True)
+        for ax, (title, values, color) in zip(axes, panels, strict=True):
+            values = np.asarray(values).ravel()
+            heights, _, _ = ax.hist(values, bins=bins, density=True, color=color)
+            distinct = len(np.unique(values))
+            peaks.append(heights.max())
+            ax.set(title=title, xlabel=f"weight: {distinct:,} distinct values")
+            ax.locator_params(axis="x", nbins=4)
+        axes[0].set_ylabel("density")
+        return Picture(
+            figure,
+            f"Three histograms with {bins} bins: the weights, a bell with its peak at a density of "
+            f"{peaks[0]:.0f}; reconstructed from INT8, the same bell with teeth; reconstructed "
+            f"from INT4, a comb whose teeth reach {peaks[2]:.0f}.",
+        )
+
+
+def same_data(values, bins):
+    """One float array drawn with each of two numbers of bins, zoomed to the middle half."""
+    values = np.asarray(values).ravel()
+    limit = np.abs(values).max() / 2
+    with style():
+        figure, axes = new_figure(width=10, height=3.2, cols=2, sharey=True)
+        for ax, count in zip(axes, bins, strict=True):
+            ax.hist(values, bins=count, density=True, color=COLORS["int8"])
+            ax.set(title=f"{count} bins", xlabel="INT8 reconstructed weight", xlim=(-limit, limit))
+        axes[0].set_ylabel("density")
+        return Picture(
+            figure,
+            f"The same numbers as two histograms. With {bins[0]} bins it shows teeth, with "
+            f"{bins[1]} bins a smooth bell: the teeth come from the bins.",
+        )
+
+
+def code_bars(counts_by_title):
+    """A panel for each title: `counts` of all codes, centred on zero, (codes, counts) pairs."""
+    with style():
+        figure, axes = new_figure(width=10, height=3.2, cols=len(counts_by_title), squeeze=False)
+        words = []
+        for ax, (title, (codes, counts)) in zip(axes[0], counts_by_title.items(), strict=True):
+            color = COLORS["int8"] if len(codes) > 16 else COLORS["int4"]
+            ax.bar(codes, counts, width=1 if len(codes) > 16 else 0.8, color=color)
+            ax.set(title=title, xlabel="code")
+            ax.locator_params(axis="x", integer=True)
+            ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+            words.append(f"{title}, {np.count_nonzero(counts)} of {len(codes)} codes in use")
+        axes[0, 0].set_ylabel("weights")
+        return Picture(figure, f"Bars that count the codes: {'; '.join(words)}.")
+
+
+def error_shapes(errors_by_title, bins=81):
+    """A panel for each title: errors in units of the step, against the box of a uniform error."""
+    with style():
+        cols = len(errors_by_title)
+        figure, axes = new_figure(width=10, height=3.2, cols=cols, sharey=True)
+        words = []
+        for ax, (title, errors) in zip(axes, errors_by_title.items(), strict=True):
+            errors = np.asarray(errors).ravel()
+            ax.hist(errors, bins=bins, range=(-0.6, 0.6), density=True, color=COLORS["error"])
+            ax.plot([-0.5, -0.5, 0.5, 0.5], [0, 1, 1, 0], color=COLORS["text"], ls="--", lw=2)
+            ax.set(title=title, xlabel="error / step", ylim=(0, 2.1))
+            middle = np.histogram(errors, [-0.05, 0.05])[0][0] / len(errors) / 0.1
+            words.append(f"{title} {middle:.2f}")
+        axes[0].set_ylabel("density")
+        return Picture(
+            figure,
+            "Histograms of the error in steps of the grid; dashed, the box of a uniform error, "
+            f"1 high. Height in the middle: {', '.join(words)}.",
+        )
+
+
+def histogram_pair(weight, approximation, bins=121):
+    """Weights and their reconstruction, of any shape, on the same bins out to 4.5 sigma."""
+    weight, approximation = np.asarray(weight).ravel(), np.asarray(approximation).ravel()
+    limit = 4.5 * weight.std()
+    edges = np.linspace(-limit, limit, bins + 1)
+    counts = np.histogram(weight, edges)[0]
+    others = np.histogram(approximation, edges)[0]
+    with style():
+        figure, ax = new_figure(width=10, height=3.2)
+        ax.stairs(
+            counts / counts.max(), edges, fill=True, color=COLORS["original"], label="weights"
+        )
+        ax.stairs(others / counts.max(), edges, lw=1.5, color=COLORS["int4"], label="reconstructed")
+        ax.set(xlim=(-limit, limit), ylim=(0, 1.6), xlabel="weight", ylabel="weights per bin")
+        ax.set_yticks([0, 0.5, 1])
+        ax.legend(loc="upper right")
+        if others.max() > 1.6 * counts.max():
+            share = others[bins // 2] / others.sum()
+            ax.text(0.01 * limit, 1.5, f"  ↑ {share:.0%} in one bin", color=COLORS["text"])
+        return Picture(
+            figure,
+            "Histogram of the weights, and on the same bins that of their reconstruction. "
+            f"The bin around 0 holds {counts[bins // 2] / len(weight):.1%} of the weights and "
+            f"{others[bins // 2] / len(weight):.1%} of the reconstruction.",
+        )
+
+
+def qq(points_by_title, xlabel, ylabel):
+    """Quantiles against quantiles, a panel for each title: (x, y) arrays of one length."""
+    with style():
+        figure, axes = new_figure(
+            width=10, height=3.8, cols=len(points_by_title), squeeze=False, sharey=True
+        )
+        farthest = []
+        for ax, (title, (x, y)) in zip(axes[0], points_by_title.items(), strict=True):
+            x, y = np.asarray(x), np.asarray(y)
+            limit = 1.05 * np.abs(x).max()
+            ax.plot([-limit, limit], [-limit, limit], color=COLORS["text"], ls="--", lw=1.2)
+            ax.plot(x, y, "o", ms=4, color=COLORS["int8"])
+            ax.set(title=title, xlabel=xlabel)
+            farthest.append(f"{title}, {np.abs(y - x).max():.2g}")
+        axes[0, 0].set_ylabel(ylabel)
+        return Picture(
+            figure,
+            f"Q-Q plots, {ylabel} against {xlabel}; dashed, the diagonal on which equal "
+            f"distributions lie. Farthest from it: {'; '.join(farthest)}.",
+        )
+
+
+class DistributionsFigure(LiveFigure):
+    """Shows an `explorers.distributions.View`.
+
+    Upper left, gray, the weights; on it either a line for each level in use, as high as its share
+    (the highest is 1), or, where many scales make many levels, the histogram of the reconstruction
+    on the same bins. Upper right, how often each code occurs. Lower left, the shape of the error,
+    between a uniform one (dashed) and that of the weights themselves (gray). Lower right, quantiles
+    of the reconstruction against those of the weights. All axes are in standard deviations (the
+    error's in its root mean square), so they stay when the layer changes.
+    """
+
+    def __init__(self):
+        super().__init__(width=10, height=4.5, rows=2, cols=2)
+        (weights, codes), (errors, quantiles) = self.axes
+        with style():
+            weights.set(xlim=(-4.5, 4.5), ylim=(0, 1.5), yticks=[])
+            weights.set(xlabel="weight (gray) and reconstruction, in σ")
+            codes.set(xlim=(0, 1), ylim=(0, 1.1), xticks=[], yticks=[])
+            codes.set(xlabel="codes, from the lowest level to the highest")
+            errors.set(xlim=(-4.5, 4.5), ylim=(0, 0.75), yticks=[])
+            errors.set(xlabel="error / RMS (gray: weights; dashed: uniform)")
+            quantiles.set(
+                xlim=(-8, 8), ylim=(-8, 8), xticks=range(-8, 9, 2), yticks=[-8, -4, 0, 4, 8]
+            )
+            quantiles.set(xlabel="quantile of the weights, in σ", ylabel="reconstructed")
+            errors.set_title("shape of the error")
+            quantiles.set_title("Q–Q: reconstruction against weights")
+            for ax in (weights, codes):
+                ax.set_title(" ")  # room for the titles that change
+            self._zeros, self._used = weights.set_title(""), codes.set_title("")
+
+            bins = np.linspace(-4.5, 4.5, 122)
+            nothing = np.zeros(121), bins
+            gray = {"fill": True, "color": COLORS["original"], "alpha": 0.55}
+            self._weights = weights.stairs(*nothing, **gray)
+            self._reconstruction = weights.stairs(*nothing, lw=1.5)
+            self._levels = LineCollection([], capstyle="butt")
+            weights.add_collection(self._levels, autolim=False)
+            self._codes = codes.stairs(*nothing, fill=True)
+            self._shape = errors.stairs(*nothing, **gray)
+            self._errors = errors.stairs(*nothing, lw=1.8, color=COLORS["error"])
+            half = 3**0.5  # a uniform error reaches sqrt(3) times its root mean square
+            (box,) = errors.plot(
+                [-half, -half, half, half],
+                [0, 0.5 / half, 0.5 / half, 0],
+                color=COLORS["text"],
+                ls="--",
+                lw=1.5,
+            )
+            quantiles.plot([-8, 8], [-8, 8], color=COLORS["text"], ls="--", lw=1.2)
+            (self._points,) = quantiles.plot([], [], "o", ms=3.5)
+            self.animate(self._weights, self._reconstruction, self._levels, self._codes)
+            self.animate(self._shape, self._errors, box, self._points, self._zeros, self._used)
+
+    def update(self, view):
+        layer, color = view.layer, METHOD_COLORS[view.method]
+        highest = layer.density.max()
+        self._weights.set_data(layer.density / highest)
+        self._reconstruction.set_data(view.density / highest)
+        self._reconstruction.set(edgecolor=color, visible=not len(view.levels))
+        tips = zip(view.levels, view.level_heights, strict=True)
+        self._levels.set_segments([((x, 0), (x, y)) for x, y in tips])
+        # in points: the axes are some 330 wide; the line takes 60% of the gap between two levels
+        gap = np.diff(view.levels).min(initial=9) / 9
+        self._levels.set(color=color, linewidth=np.clip(0.6 * 330 * gap, 0.8, 5))
+
+        heights = view.code_counts / view.code_counts.max()
+        self._codes.set_data(heights, np.linspace(0, 1, len(heights) + 1))
+        self._codes.set(facecolor=color, edgecolor="white", linewidth=1.5 if view.bits < 6 else 0)
+        self._shape.set_data(layer.density)
+        self._errors.set_data(view.error_density)
+        self._points.set_data(layer.quantiles, view.quantiles)
+        self._points.set_color(color)
+        self._zeros.set_text(f"{percent(view.zeros)} of the weights become 0")
+        self._used.set_text(f"{view.used} of {2**view.bits} codes in use, {view.entropy:.2f} bits")

@@ -1,0 +1,215 @@
+"""The numbers that notebook 07's explorer shows are the package's own, on its whole grid."""
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from chapter13 import quantize_absmax, quantize_affine, quantize_codebook
+from chapter13.codebook import CODE_BOOKS
+from chapter13.errors import max_abs_error, mse, sqnr_db
+from chapter13.explorers import distributions
+from chapter13.explorers.distributions import (
+    DRAWN,
+    EDGES,
+    GROUP_SIZES,
+    METHODS,
+    PROBABILITIES,
+    count_codes,
+    entropy,
+    explore_distributions,
+    prepare,
+    view,
+)
+from chapter13.plots.distributions import percent
+
+BITS = range(2, 9)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+WEIGHTS = {
+    "normal": normal(24, 128) * 0.02,
+    "heavy tails": 0.02 * normal(24, 128) ** 3,
+    "one outlier": torch.cat([normal(23, 128), 40 * normal(1, 128, seed=1)]),
+    "all positive": normal(24, 128).abs() + 1,
+    "half a group of zeros": normal(24, 128) * (torch.arange(128) > 40),
+    "bfloat16": normal(24, 128).bfloat16(),
+    "not contiguous": normal(128, 128).T,
+    "zeros": torch.zeros(4, 128),
+    "alike": torch.full((4, 128), 0.7),
+}
+
+
+def by_hand(weight, method, bits, group_size):
+    """The same weight quantized by the package itself."""
+    if method in ("absmax", "affine"):
+        quantize = {"absmax": quantize_absmax, "affine": quantize_affine}[method]
+        return quantize(weight, bits, None if group_size == "tensor" else group_size)
+    sizes = {"tensor": weight.numel(), "channel": weight.shape[1]}
+    return quantize_codebook(weight, method, sizes.get(group_size, group_size))
+
+
+def shown_numbers(readout):
+    """label -> value of a readout's lines."""
+    return dict(line.split("  ", 1) for line in readout.splitlines())
+
+
+def test_the_test_knows_every_method():
+    assert set(METHODS) == {"absmax", "affine", "nf4", "fp4"}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_numbers_are_the_packages_own(name, method):
+    weight = WEIGHTS[name]
+    layer = prepare(weight)
+    weight = weight.float()
+    for bits, group_size in product(BITS, GROUP_SIZES):
+        if method in CODE_BOOKS and bits != 4:
+            with pytest.raises(ValueError, match=f"{method} .* not {bits}"):
+                view(layer, method, bits, group_size)
+            continue
+        quantized = by_hand(weight, method, bits, group_size)
+        approximation = quantized.dequantize()
+        shown = view(layer, method, bits, group_size)
+
+        codes, counts = np.unique(quantized.codes().numpy(), return_counts=True)
+        assert shown.used == len(codes)
+        assert sorted(shown.code_counts[shown.code_counts > 0]) == sorted(counts)
+        assert len(shown.code_counts) == 2**bits
+        shares = counts / weight.numel()
+        expected = -sum(share * math.log2(share) for share in shares)
+        # both sums: at most 256 terms of at most 0.54, each off by a few parts in 2**53
+        assert abs(shown.entropy - expected) <= 256 * 2.0**-50
+        assert shown.zeros == (approximation == 0).sum().item() / weight.numel()
+
+        readout = {label: value.strip() for label, value in shown_numbers(shown.readout).items()}
+        assert readout == {
+            "rows shown": f"all of {len(weight)}",
+            "standard deviation σ": f"{layer.sigma:.3g}",
+            "codes in use": f"{len(codes)} of {2**bits}",
+            "entropy of the codes": f"{shown.entropy:.2f} of {bits} bits",
+            "weights that become 0": percent(shown.zeros),
+            "mean squared error": f"{mse(weight, approximation):.2e}",
+            "SQNR": f"{sqnr_db(weight, approximation):.1f} dB",
+            "largest error": f"{max_abs_error(weight, approximation):.2e}",
+            "memory": f"{quantized.bits_per_weight:.3g} bits per weight",
+        }
+        assert f"{len(codes)} of {2**bits} in use" in shown.alt
+        check_pictures(layer, shown, weight, quantized, approximation)
+
+
+def check_pictures(layer, shown, weight, quantized, approximation):
+    """The histograms and quantiles of a view, against numpy's own of the same numbers."""
+    for density, values in [(layer.density, weight), (shown.density, approximation)]:
+        assert np.array_equal(density, numpy_density(values, layer.sigma))
+
+    # no more weights than are drawn: a sample with replacement of errors that really occur
+    assert len(layer.sample) == min(DRAWN, weight.numel())
+    errors = (approximation - weight).view(-1)[layer.sample]
+    unit = mse(weight, approximation) ** 0.5 or 1.0
+    assert np.array_equal(shown.error_density, numpy_density(errors, unit))
+
+    for quantiles, values in [(layer.quantiles, weight), (shown.quantiles, approximation)]:
+        expected = np.quantile(values.numpy(), PROBABILITIES, method="nearest")
+        assert np.array_equal(quantiles, expected / np.float32(layer.sigma)) or np.allclose(
+            quantiles * layer.sigma, expected, rtol=2.0**-22, atol=0
+        )
+
+    if quantized.scale.numel() > 1:
+        assert len(shown.levels) == 0
+        return
+    levels, counts = np.unique(approximation.numpy(), return_counts=True)
+    assert np.array_equal(shown.levels, levels / layer.sigma)
+    assert np.array_equal(shown.level_heights, counts / counts.max())
+
+
+def numpy_density(values, unit):
+    """np.histogram on the same edges, which it takes as half open, but for the last."""
+    edges = (EDGES * unit).astype(np.float32)
+    values = values.numpy().ravel()
+    counts = np.histogram(values[values < edges[-1]], edges)[0]
+    return counts / (values.size * np.diff(EDGES))
+
+
+def test_codes_are_counted_from_the_lowest_level_to_the_highest():
+    weight = torch.tensor([[-1.0, -0.9, -0.3, 0.0, 0.1, 0.4, 0.9, 1.0]])
+    for method in METHODS:
+        quantized = by_hand(weight, method, 4, "tensor")
+        values = np.repeat(np.arange(16), count_codes(quantized))  # the rank of each weight's level
+        assert len(values) == 8
+        # more weights on a lower level than another means: the sorted weights get these ranks
+        approximation = quantized.dequantize().view(-1)
+        changes = np.diff(approximation.sort().values.numpy()) > 0
+        assert np.array_equal(np.diff(values) > 0, changes), method
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_every_code_has_its_place(bits):
+    half = 2 ** (bits - 1) - 1
+    for code in range(-half, half + 1):
+        weight = torch.tensor([[half, code]]) / half
+        counts = count_codes(quantize_absmax(weight, bits))
+        expected = np.zeros(2**bits, int)
+        for each in (half, code):
+            expected[each + half + 1] += 1
+        assert np.array_equal(counts, expected)
+
+
+@pytest.mark.parametrize(
+    ("counts", "bits"), [([8], 0), ([1, 1], 1), ([1, 0, 1], 1), ([4, 2, 1, 1], 1.75), ([3] * 16, 4)]
+)
+def test_entropy(counts, bits):
+    assert entropy(np.array(counts)) == bits
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [(0, "0.0%"), (1e-7, "0.1%"), (0.1234, "12.3%"), (0.99999, "99.9%"), (1, "100.0%")],
+)
+def test_percent_says_all_and_nothing_only_where_it_is(share, words):
+    assert percent(share) == words
+
+
+def test_a_large_matrix_is_shown_by_whole_rows_and_its_extremes(monkeypatch):
+    monkeypatch.setattr(distributions, "MOST", 64 * 10)
+    weight = normal(1000, 64)
+    weight[123, 4], weight[876, 5] = 9.0, -8.0
+    layer = prepare(weight)
+    assert 10 <= len(layer.weight) <= 12
+    kept = [row for row in range(1000) if (layer.weight == weight[row]).all(1).any()]
+    assert len(kept) == len(layer.weight)
+    assert {0, 123, 876, 999} <= set(kept)
+    for method in ("absmax", "affine"):  # so a scale for the whole tensor is the same
+        whole = by_hand(weight, method, 4, "tensor")
+        part = METHODS[method](layer.weight, 4, "tensor")
+        assert part.scale == whole.scale
+    assert f"rows shown             {len(kept)} of 1000" in view(layer, "absmax", 4, 64).readout
+
+
+@pytest.mark.parametrize(
+    ("weight", "error", "words"),
+    [
+        (torch.ones(5), ValueError, "out_features, in_features"),
+        (torch.tensor([[1.0, math.nan]]), ValueError, "NaN or Inf"),
+        (torch.empty(0, 4), ValueError, "empty"),
+        (torch.ones(2, 4, dtype=torch.int8), TypeError, "floating"),
+        ([[1.0]], TypeError, "torch.Tensor"),
+    ],
+)
+def test_bad_weights(weight, error, words):
+    with pytest.raises(error, match=words):
+        explore_distributions(weight)
+
+
+def test_a_group_size_that_does_not_divide_is_explained():
+    panel = explore_distributions(normal(4, 96))
+    said = panel.set(group_size=64)
+    assert "64 does not divide in_features = 96" in said
+    assert "8 does not divide" not in panel.set(group_size=32)
+    panel.close()
