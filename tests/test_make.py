@@ -175,13 +175,21 @@ def test_clean_removes_what_was_made_and_nothing_else(folder):
 def test_lab_listens_on_this_machine_alone_and_opens_the_first_notebook():
     command = lab.lab_command([])
     assert command[:3] == [sys.executable, "-m", "jupyterlab"]
-    assert command[3] == str(pins.ROOT / "notebooks" / "00_number_formats.ipynb")
+    assert command[3] == "--LabApp.default_url=/lab/tree/notebooks/00_number_formats.ipynb"
     assert "--ServerApp.ip=127.0.0.1" in command
     assert not [word for word in command if "token" in word]  # Jupyter's own, a random one
     assert ("--allow-root" in command) == (hasattr(os, "geteuid") and os.geteuid() == 0)
 
 
 def test_lab_takes_another_notebook_and_options():
-    command = lab.lab_command(["notebooks/07_distributions.ipynb", "--no-browser"])
-    assert command[3].endswith("07_distributions.ipynb")
+    other = pins.ROOT / "notebooks" / "01_absmax_int8.ipynb"
+    command = lab.lab_command([str(other), "--no-browser"])
+    assert command[3].endswith("=/lab/tree/notebooks/01_absmax_int8.ipynb")
     assert command[-1] == "--no-browser"
+
+
+@pytest.mark.parametrize("name", ["gone.ipynb", "elsewhere.ipynb"])
+def test_lab_names_a_notebook_that_is_not_the_courses(tmp_path, name):
+    (tmp_path / "elsewhere.ipynb").touch()
+    with pytest.raises(SystemExit, match=f"no notebook of the course at .*{name}"):
+        lab.lab_command([str(tmp_path / name)])

@@ -18,8 +18,13 @@ FIRST = "notebooks/00_number_formats.ipynb"
 def lab_command(arguments):
     """The command line that opens the notebook named first in `arguments`, or the first one."""
     arguments = list(arguments)
-    notebook = arguments.pop(0) if arguments and arguments[0].endswith(".ipynb") else ROOT / FIRST
-    command = [sys.executable, "-m", "jupyterlab", str(Path(notebook).resolve())]
+    named = bool(arguments) and arguments[0].endswith(".ipynb")
+    notebook = Path(arguments.pop(0) if named else ROOT / FIRST).resolve()
+    if not notebook.is_file() or ROOT not in notebook.parents:
+        raise SystemExit(f"no notebook of the course at {notebook}")
+    command = [sys.executable, "-m", "jupyterlab"]
+    # as default address, since a plain file name is opened but left out of the printed address
+    command.append(f"--LabApp.default_url=/lab/tree/{notebook.relative_to(ROOT).as_posix()}")
     command += [f"--ServerApp.root_dir={ROOT}", "--ServerApp.ip=127.0.0.1"]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")  # a container's usual user; Jupyter refuses it otherwise
