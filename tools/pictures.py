@@ -20,8 +20,9 @@ from tools.browser import ROOT, explorer, jupyterlab, launch, wait_for
 NOTEBOOK = "01_absmax_int8.ipynb"
 TARGET = ROOT / "data" / "explorer.png"
 MOST_BYTES = 1_500_000
-# (slider, key, times, milliseconds of each picture)
+# (slider, key, times, milliseconds of each picture); without a time it is not shown
 STORY = [
+    ("outlier", "Home", 1, 0),
     ("bits", "End", 1, 1500),
     ("outlier", "ArrowRight", 20, 150),
     ("outlier", "End", 1, 2000),
@@ -45,8 +46,9 @@ def frames(page, panel):
             except TimeoutError:
                 pass  # the slider stood at its end already
             page.wait_for_timeout(100)  # the picture follows the readout
-            picture = Image.open(io.BytesIO(panel.screenshot())).convert("RGB")
-            yield picture, milliseconds
+            if milliseconds:
+                picture = Image.open(io.BytesIO(panel.screenshot())).convert("RGB")
+                yield picture, milliseconds
 
 
 def animate(pictures, milliseconds, path):
