@@ -76,19 +76,23 @@ def parameter_shares(models: dict[str, dict[str, int]]) -> Picture:
 
 def spacing(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Picture:
     """The gap from a number to the next larger one; curves: format -> (magnitudes, gaps)."""
+    end = max(magnitudes[-1] for magnitudes, _ in curves.values())
+    ended = []
     with style():
         figure, ax = new_figure(width=10, height=4.2)
         for name, (magnitudes, gaps) in curves.items():
             color = FORMAT_COLORS[name]
             ax.loglog(magnitudes, gaps, color=color, label=name, lw=2.5)
-            ax.plot(magnitudes[-1], gaps[-1], "|", color=color, ms=20, mew=3)
+            if magnitudes[-1] < end / 2:
+                ax.plot(magnitudes[-1], gaps[-1], "|", color=color, ms=20, mew=3)
+                ended.append(name)
         ax.set(xlabel="magnitude of the number", ylabel="gap to the next number")
         ax.legend(loc="upper left")
     alt = (
         "The gap to the next number against the number itself, both on log axes. "
-        "Floating-point gaps grow with the number, in steps; each line ends where its format does"
+        "Above the subnormals it doubles whenever the number doubles, in steps"
     )
-    return Picture(figure, alt + (", and int8 has one gap for all." if "int8" in curves else "."))
+    return Picture(figure, alt + "".join(f"; the bar is the end of {name}" for name in ended) + ".")
 
 
 def cast_errors(weight: torch.Tensor, casts: dict[str, torch.Tensor]) -> Picture:
@@ -207,7 +211,7 @@ def kv_cache(tokens: list[int], caches: dict[str, list[float]]) -> Picture:
 def sizes_and_cards(sizes: dict[str, dict[str, float]], cards: dict[str, float]) -> Picture:
     """Each model in each format against memory; sizes: model -> {format: GB}; cards: name -> GB."""
     with style():
-        figure, ax = new_figure(width=10, height=4.6)
+        figure, ax = new_figure(width=10, height=4.3)
         for y, row in enumerate(reversed(sizes.values())):
             ax.plot([min(row.values()), max(row.values())], [y, y], color=COLORS["grid"], lw=4)
             for format, gigabytes in row.items():
@@ -272,7 +276,7 @@ class MemoryFigure(LiveFigure):
     """Shows an `explorers.formats.MemoryView`: what a model takes, above the memory of cards."""
 
     def __init__(self, cards: dict[str, float]):
-        super().__init__(width=10, height=4.5)
+        super().__init__(width=10, height=4.3)
         self._cards, self._limit = cards, None
         with style():
             ax = self.axes
