@@ -56,6 +56,7 @@ bench: data ## measure speed side by side with the reference libraries
 	$(BIN)/python tools/bench.py
 
 mutants: data ## break the package in many small ways and count what the tests notice (long)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[mutants]'
 	$(BIN)/python tools/mutants.py
 
 pictures: data ## take the README's pictures afresh from a running JupyterLab

@@ -97,7 +97,7 @@ def frozen(python):
 
 def write(folder):
     torch = parse_pins(CONSTRAINTS.read_text())["torch"]
-    pins = frozen(install(folder, [f"torch=={torch}", "-e .[course,test]"]))
+    pins = frozen(install(folder, [f"torch=={torch}", "-e .[course,test,mutants]"]))
     lines = [f"{name}=={version}\n" for name, version in sorted(pins.items())]
     CONSTRAINTS.write_text(HEADER + "".join(lines))
     print(f"{CONSTRAINTS.name}: {len(pins)} pins")
