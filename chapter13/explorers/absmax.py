@@ -144,7 +144,7 @@ def view(layer: Layer, bits: int, outlier: float) -> View:
     nbytes = packed_size(weights, bits) + grid.scale.nbytes
 
     drawn = torch.cat([others[:: len(others) // DRAWN + 1], largest])
-    errors = drawn - quantize_absmax(drawn, bits).dequantize()
+    errors = (drawn - quantize_absmax(drawn, bits).dequantize()).numpy()
     readout = lines(
         ("largest weight", f"{largest.item():.3g}"),
         ("scale, the step of the grid", f"{scale.item():.3g}"),
@@ -169,7 +169,7 @@ def view(layer: Layer, bits: int, outlier: float) -> View:
         limit=layer.limit,
         edges=layer.edges,
         weight_counts=layer.counts,
-        error_counts=torch.histc(errors, BINS, -layer.limit, layer.limit).numpy(),
+        error_counts=np.histogram(errors, BINS, (-layer.limit, layer.limit))[0],
         readout=readout,
         alt=(
             f"Left: the weights (gray) and the {used.sum()} levels in use of an absmax grid of "
