@@ -12,7 +12,6 @@ from chapter13.codebook import CODE_BOOKS
 from chapter13.errors import max_abs_error, mse, sqnr_db
 from chapter13.explorers import distributions
 from chapter13.explorers.distributions import (
-    DRAWN,
     EDGES,
     GROUP_SIZES,
     METHODS,
@@ -86,11 +85,10 @@ def test_numbers_are_the_packages_own(name, method):
         expected = -sum(share * math.log2(share) for share in shares)
         # both sums: at most 256 terms of at most 0.54, each off by a few parts in 2**53
         assert abs(shown.entropy - expected) <= 256 * 2.0**-50
-        assert shown.zeros == (approximation == 0).sum().item() / weight.numel()
+        assert shown.zeros == 1 - (approximation != 0).sum().item() / weight.numel()
 
         readout = {label: value.strip() for label, value in shown_numbers(shown.readout).items()}
         assert readout == {
-            "rows shown": f"all of {len(weight)}",
             "standard deviation σ": f"{layer.sigma:.3g}",
             "codes in use": f"{len(codes)} of {2**bits}",
             "entropy of the codes": f"{shown.entropy:.2f} of {bits} bits",
@@ -104,27 +102,38 @@ def test_numbers_are_the_packages_own(name, method):
         check_pictures(layer, shown, weight, quantized, approximation)
 
 
-def check_pictures(layer, shown, weight, quantized, approximation):
-    """The histograms and quantiles of a view, against numpy's own of the same numbers."""
-    for density, values in [(layer.density, weight), (shown.density, approximation)]:
-        assert np.array_equal(density, numpy_density(values, layer.sigma))
+def test_all_weights_are_drawn_or_a_seeded_choice(monkeypatch):
+    weight = normal(40, 64)
+    assert torch.equal(prepare(weight).drawn, torch.arange(weight.numel()))
+    monkeypatch.setattr(distributions, "DRAWN", 1000)
+    layer = prepare(weight)
+    assert torch.equal(layer.drawn, prepare(weight).drawn)
+    assert layer.drawn.max() < weight.numel()
+    for method, group_size in product(METHODS, ["tensor", 64]):
+        quantized = by_hand(weight, method, 4, group_size)
+        shown = view(layer, method, 4, group_size)
+        check_pictures(layer, shown, weight, quantized, quantized.dequantize())
+        assert shown.code_counts.sum() == weight.numel()  # numbers and codes are of all
 
-    # no more weights than are drawn: a sample with replacement of errors that really occur
-    assert len(layer.sample) == min(DRAWN, weight.numel())
-    errors = (approximation - weight).view(-1)[layer.sample]
+
+def check_pictures(layer, shown, weight, quantized, approximation):
+    """The histograms and quantiles of a view, against numpy's own of the weights drawn."""
+    assert len(layer.drawn) == min(distributions.DRAWN, weight.numel())
+    before, after = weight.reshape(-1)[layer.drawn], approximation.view(-1)[layer.drawn]
+    for density, values in [(layer.density, before), (shown.density, after)]:
+        assert np.array_equal(density, numpy_density(values, layer.sigma))
+    errors = after - before
     unit = mse(weight, approximation) ** 0.5 or 1.0
     assert np.array_equal(shown.error_density, numpy_density(errors, unit))
 
-    for quantiles, values in [(layer.quantiles, weight), (shown.quantiles, approximation)]:
+    for quantiles, values in [(layer.quantiles, before), (shown.quantiles, after)]:
         expected = np.quantile(values.numpy(), PROBABILITIES, method="nearest")
-        assert np.array_equal(quantiles, expected / np.float32(layer.sigma)) or np.allclose(
-            quantiles * layer.sigma, expected, rtol=2.0**-22, atol=0
-        )
+        assert np.array_equal(quantiles, expected / layer.sigma)
 
     if quantized.scale.numel() > 1:
         assert len(shown.levels) == 0
         return
-    levels, counts = np.unique(approximation.numpy(), return_counts=True)
+    levels, counts = np.unique(after.numpy(), return_counts=True)
     assert np.array_equal(shown.levels, levels / layer.sigma)
     assert np.array_equal(shown.level_heights, counts / counts.max())
 
@@ -189,7 +198,7 @@ def test_a_large_matrix_is_shown_by_whole_rows_and_its_extremes(monkeypatch):
         whole = by_hand(weight, method, 4, "tensor")
         part = METHODS[method](layer.weight, 4, "tensor")
         assert part.scale == whole.scale
-    assert f"rows shown             {len(kept)} of 1000" in view(layer, "absmax", 4, 64).readout
+    assert f"rows shown             {len(kept)} of 1000\n" in view(layer, "absmax", 4, 64).readout
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ PANELS = {  # module in chapter13.explorers (and a word more) -> a panel of it, 
     "formats": lambda module: module.explore_memory(),
     "formats number": lambda module: module.explore_number(),
     "absmax": lambda module: module.explore_absmax({"a": weight(), "b": 3 * weight()}),
+    "granularity": lambda module: module.explore_granularity(weight()),
     "codebooks": lambda module: module.explore_codebooks(weight()),
     "distributions": lambda module: module.explore_distributions(weight()),
 }

@@ -18,7 +18,7 @@ from chapter13.plots.distributions import DistributionsFigure, percent
 from chapter13.tensors import QuantizedTensor
 
 MOST = 1 << 20  # weights; of a larger matrix as many whole rows as make these are shown
-DRAWN = 100_000  # weights that make the error histogram; every number in the readout is of all
+DRAWN = 100_000  # weights that make histograms and Q-Q plot; the readout and the codes are of all
 # Histograms have 121 bins out to 4.5 standard deviations; zero lies in the middle of a bin.
 EDGES = np.linspace(-4.5, 4.5, 122)
 # 201 probabilities: those with which a normal variable stays below -3.5, -3.465, .. 3.5 sigma
@@ -68,8 +68,8 @@ class Layer:
     """The weights' histogram: (121,) densities on EDGES, in standard deviations."""
     quantiles: np.ndarray
     """The weights' quantiles at PROBABILITIES, in standard deviations."""
-    sample: torch.Tensor
-    """int64: which weights make the error histogram."""
+    drawn: torch.Tensor
+    """int64: which of the flattened weights are drawn, at most DRAWN."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ class View:
     entropy: float
     """Of the codes, in bits."""
     levels: np.ndarray
-    """With a single scale: the values in use, ascending, in standard deviations. Else empty."""
+    """With a single scale: the values that were drawn, ascending, in σ. Else empty."""
     level_heights: np.ndarray
-    """How many weights have each of these values, relative to the most frequent."""
+    """How many of the drawn weights have each value, relative to the most frequent."""
     density: np.ndarray
     """The reconstruction's histogram, as that of the layer."""
     zeros: float
@@ -132,17 +132,19 @@ def prepare(weight: torch.Tensor) -> Layer:
     quantize_absmax(weight, group_size="channel", scale_dtype=torch.float32)  # says what is wrong
     whole = weight.detach().float().cpu().contiguous()
     weight = whole[_rows(whole)] if whole.numel() > MOST else whole
-    values = np.sort(weight.numpy(), axis=None)
     sigma = weight.std(correction=0).item() or 1.0
-    few = torch.Generator().manual_seed(0)
-    sample = torch.randint(weight.numel(), (min(DRAWN, weight.numel()),), generator=few)
+    drawn = torch.arange(weight.numel())
+    if len(drawn) > DRAWN:
+        drawn = torch.randint(len(drawn), (DRAWN,), generator=torch.Generator().manual_seed(0))
+    drawn = drawn.sort().values  # in the order of memory: faster
+    values = np.sort(weight.view(-1)[drawn].numpy())
     return Layer(
         weight=weight,
         out_features=len(whole),
         sigma=sigma,
         density=_density(values, sigma),
         quantiles=_quantiles(values) / sigma,
-        sample=sample.sort().values,
+        drawn=drawn,
     )
 
 
@@ -153,18 +155,19 @@ def view(layer: Layer, method: str, bits: int, group_size: int | str) -> View:
     approximation = quantized.dequantize()
     code_counts = count_codes(quantized)
     used, information = np.count_nonzero(code_counts), entropy(code_counts)
-    values = np.sort(approximation.numpy(), axis=None)
-    few = values if quantized.scale.numel() == 1 else values[:0]
-    levels, heights = np.unique(few, return_counts=True)
-    zeros = (np.searchsorted(values, 0, "right") - np.searchsorted(values, 0)) / len(values)
-
+    zeros = 1 - approximation.count_nonzero().item() / weight.numel()
     error = mse(weight, approximation)
-    errors = approximation.view(-1)[layer.sample] - weight.view(-1)[layer.sample]
     sqnr = sqnr_db(weight, approximation)
 
-    rows = ("all" if len(weight) == layer.out_features else len(weight), layer.out_features)
+    drawn = approximation.view(-1)[layer.drawn]
+    errors = np.sort((drawn - weight.view(-1)[layer.drawn]).numpy())
+    values = np.sort(drawn.numpy())
+    few = values if quantized.scale.numel() == 1 else values[:0]
+    levels, heights = np.unique(few, return_counts=True)
+
+    part = [("rows shown", f"{len(weight)} of {layer.out_features}")]
     readout = lines(
-        ("rows shown", f"{rows[0]} of {rows[1]}"),
+        *(part if len(weight) < layer.out_features else []),
         ("standard deviation σ", f"{layer.sigma:.3g}"),
         ("codes in use", f"{used} of {2**bits}"),
         ("entropy of the codes", f"{information:.2f} of {bits} bits"),
@@ -185,7 +188,7 @@ def view(layer: Layer, method: str, bits: int, group_size: int | str) -> View:
         level_heights=heights / heights.max(initial=1),
         density=_density(values, layer.sigma),
         zeros=zeros,
-        error_density=_density(np.sort(errors.numpy()), error**0.5 or 1.0),
+        error_density=_density(errors, error**0.5 or 1.0),
         quantiles=_quantiles(values) / layer.sigma,
         readout=readout,
         alt=(

@@ -160,7 +160,7 @@ class DistributionsFigure(LiveFigure):
     """
 
     def __init__(self):
-        super().__init__(width=10, height=4.5, rows=2, cols=2)
+        super().__init__(width=10, height=4.2, rows=2, cols=2)
         (weights, codes), (errors, quantiles) = self.axes
         with style():
             weights.set(xlim=(-4.5, 4.5), ylim=(0, 1.5), yticks=[])
