@@ -157,7 +157,8 @@ def _chapter_absmax(weight, group_size, steps):
 def _absmax(weight, group_size, steps, scale_dtype):
     """The scales in their final shape, and int8 codes in [-steps, steps], a row per group."""
     groups = grouped(weight, group_size)
-    absmax = torch.maximum(groups.amax(1, keepdim=True), -groups.amin(1, keepdim=True)).float()
+    absmax = torch.maximum(groups.amax(1, keepdim=True), -groups.amin(1, keepdim=True))
+    absmax = absmax.abs().float()  # -amin of zeros is -0
     check_finite(weight, absmax)
     scale = round_scale(absmax / steps, absmax, steps, scale_dtype)
     divisor = _divisor(scale)

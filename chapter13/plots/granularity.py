@@ -1,0 +1,289 @@
+"""The pictures of notebook 02: where errors lie, what decides a scale, and what a scale costs.
+
+Errors are drawn in percent of the root mean square of the weights they belong to, so that layers
+of different loudness can be compared.
+"""
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import LogNorm
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+
+from chapter13.plots.live import LiveFigure
+from chapter13.plots.picture import COLORS, Picture, new_figure, style
+
+# told apart by colour-blind readers, and in gray; few steps keep the stored pictures small
+ERROR_MAP = colormaps["cividis"].resampled(10)
+
+
+def shared_scales(weight, approximations):
+    """A small matrix, and its errors under several granularities, cell by cell.
+
+    weight: (rows, columns). approximations: title -> (approximation, weights that share a scale),
+    the latter a (rows, columns) shape, drawn as frames. At most 8 columns: numbers are written in
+    the cells.
+    """
+    weight = np.asarray(weight)
+    rows, columns = weight.shape
+    with style():
+        figure, axes = new_figure(10, 3.6, rows=2, cols=2)
+        panels = {"the weights": (None, (rows, columns))} | approximations
+        errors = {}
+        for ax, (title, (approximation, shared)) in zip(axes.flat, panels.items(), strict=False):
+            ax.set(xlim=(0, columns), ylim=(rows, 0), xticks=[], yticks=[], title=title)
+            ax.grid(False)
+            ax.spines[:].set_visible(False)
+            if approximation is None:
+                values, shade = weight, np.zeros_like(weight)
+            else:
+                values = np.abs(np.asarray(approximation) - weight)
+                # half of the largest quiet weight is lost: full color
+                shade = np.clip(values / 0.7, 0, 1)
+                errors[title] = values.mean()
+            for row, column in np.ndindex(rows, columns):
+                strong = shade[row, column]
+                text = f"{values[row, column]:.1f}".removesuffix(".0")
+                if text in ("0", "-0"):  # exact: a blank cell says it best
+                    continue
+                ax.fill_between(
+                    [column, column + 1], row, row + 1, color=COLORS["error"], alpha=0.75 * strong,
+                    linewidth=0,
+                )  # fmt: skip
+                ax.text(
+                    column + 0.5, row + 0.53, text, ha="center", va="center", fontsize=13,
+                    weight="bold" if strong else "normal",
+                )  # fmt: skip
+            if approximation is None:
+                continue
+            for top in range(0, rows, shared[0]):
+                for left in range(0, columns, shared[1]):
+                    x = np.array([0.05, shared[1] - 0.05])[[0, 1, 1, 0, 0]] + left
+                    y = np.array([0.07, shared[0] - 0.07])[[0, 0, 1, 1, 0]] + top
+                    ax.plot(x, y, color=COLORS["int8"], linewidth=2, clip_on=False)
+        said = "; ".join(f"{title} {error:.2f}" for title, error in errors.items())
+        return Picture(
+            figure,
+            alt=f"A {rows} by {columns} matrix and its absolute errors; a blue frame holds the "
+            f"weights that share a scale, blank cells are exact. On average: {said}.",
+        )
+
+
+def largest_of(sizes, expected, groups):
+    """The expected largest magnitude of n standard normal numbers, and the groups' own.
+
+    sizes, expected: the curve. groups: label -> (n, measured mean absmax in standard deviations).
+    """
+    with style():
+        figure, ax = new_figure(10, 3.3)
+        ax.plot(sizes, expected, color=COLORS["original"], label="expected for normal numbers")
+        for label, (n, measured) in groups.items():
+            ax.plot(n, measured, "o", color=COLORS["highlight"], markersize=10)
+            ax.annotate(
+                f"{label}: {measured:.2f}",
+                (n, measured),
+                xytext=(8, -20),
+                textcoords="offset points",
+                weight="bold",
+            )
+        ax.set(
+            xscale="log",
+            ylim=(0, 6),
+            xlim=(sizes[0], sizes[-1] * 4),
+            xlabel="how many numbers share a scale",
+            ylabel="largest magnitude\n(standard deviations)",
+        )
+        ax.legend(loc="upper left")
+        said = ", ".join(f"{measured:.2f} {label}" for label, (_, measured) in groups.items())
+        return Picture(
+            figure,
+            alt="Curve: the expected largest magnitude of n normal numbers grows slowly with n. "
+            f"Points: what the matrix has, in standard deviations: {said}.",
+        )
+
+
+def row_loudness(layers):
+    """How loud the rows of matrices are: label -> (rows,) absmax / RMS of the matrix, any order."""
+    colors = [COLORS["original"], COLORS["highlight"], COLORS["int8"], COLORS["nf4"]]
+    with style():
+        figure, ax = new_figure(10, 3.3)
+        said = []
+        for color, (label, absmax) in zip(colors, layers.items(), strict=False):
+            absmax = np.sort(np.asarray(absmax))
+            share = np.linspace(0, 100, len(absmax))
+            ax.plot(share, absmax, color=color, label=label, linewidth=3)
+            said.append(f"{label}: {absmax[0]:.1f} to {absmax[-1]:.1f}")
+        ax.set(
+            yscale="log",
+            xlabel="rows, from the quietest to the loudest (%)",
+            ylabel="largest |weight| of the row\n(× RMS of the matrix)",
+        )
+        _plain_ticks(ax.yaxis, [0.3, 0.5, 1, 2, 3, 5, 10, 20, 30, 50], "{:g}")
+        ax.legend(loc="upper left")
+        return Picture(
+            figure,
+            alt="Curves: the largest magnitude of each row, rows sorted, in units of the matrix's "
+            f"RMS. {'; '.join(said)}.",
+        )
+
+
+def grids(values, symmetric, affine):
+    """Eight numbers or so on two grids: the levels of each, and where each number lands.
+
+    symmetric, affine: (levels, approximation of the values).
+    """
+    values = np.asarray(values)
+    with style():
+        figure, axes = new_figure(10, 3.4, rows=2, sharex=True)
+        said = []
+        kinds = [("symmetric", COLORS["int8"], symmetric), ("affine", COLORS["affine"], affine)]
+        for ax, (name, color, (levels, landed)) in zip(axes, kinds, strict=True):
+            levels, landed = np.asarray(levels), np.asarray(landed)
+            ax.vlines(levels, 0, 0.45, color=color, linewidth=3)
+            ax.plot(values, np.full(len(values), 1.0), "o", color=COLORS["text"], markersize=8)
+            for value, level in zip(values, landed, strict=True):
+                ax.plot([value, level], [1, 0.45], color=COLORS["error"], linewidth=1.5)
+            inside = ((levels >= values.min() - 1e-6) & (levels <= values.max() + 1e-6)).sum()
+            ax.set(ylim=(0, 1.25), yticks=[])
+            ax.set_title(f"{name}: {inside} of {len(levels)} levels lie among the numbers")
+            ax.grid(False)
+            ax.spines["left"].set_visible(False)
+            error = np.abs(values - landed).mean()
+            said.append(f"{name}, {inside} of {len(levels)} levels useful, mean error {error:.3f}")
+        axes[1].set_xlabel("value")
+        return Picture(
+            figure,
+            alt="Dots: the numbers; bars: the levels of a grid; lines: where each number goes. "
+            f"{'; '.join(said)}.",
+        )
+
+
+def error_maps(maps):
+    """Absolute errors of one layer side by side on one color scale.
+
+    maps: title -> (rows, columns) mean |error| of patches of weights / RMS of the weights.
+    """
+    maps = {title: np.asarray(values) for title, values in maps.items()}
+    with style():
+        figure, axes = new_figure(10, 4.2, cols=len(maps), sharey=True)
+        top = max(float(values.max()) for values in maps.values())
+        norm = LogNorm(top / 30, top)
+        for ax, (title, values) in zip(axes, maps.items(), strict=True):
+            image = ax.imshow(
+                np.clip(values, norm.vmin, norm.vmax), norm=norm, cmap=ERROR_MAP, aspect="auto",
+                interpolation="nearest",
+            )  # fmt: skip
+            ax.set(title=title, xticks=[], yticks=[], xlabel="input channels")
+            ax.grid(False)
+            ax.spines[:].set_visible(False)
+        axes[0].set_ylabel("output channels (rows)")
+        bar = figure.colorbar(image, ax=axes, pad=0.015, aspect=25)
+        bar.set_label("mean |error| (% of RMS weight)")
+        _percent_ticks(bar.ax.yaxis)
+        said = ", ".join(f"{title} {values.mean():.1%}" for title, values in maps.items())
+        return Picture(
+            figure,
+            alt="Maps of one layer's absolute error on one color scale, dark is small. Mean error "
+            f"in percent of the weights' RMS: {said}.",
+        )
+
+
+def frontier(points, best):
+    """Relative RMSE against bits per weight.
+
+    points: kind ("symmetric" or "affine") -> bits -> (bits per weight, relative RMSE) pairs.
+    best: the pairs that no other beats in both, drawn as a line.
+    """
+    looks = {"symmetric": (COLORS["int8"], "o"), "affine": (COLORS["affine"], "s")}
+    with style():
+        figure, ax = new_figure(10, 4.3)
+        count = sum(len(pairs) for curves in points.values() for pairs in curves.values())
+        x, y = np.transpose(sorted(best))
+        ax.plot(
+            x, y, color=COLORS["highlight"], linewidth=9, alpha=0.35, solid_capstyle="round",
+            label="frontier: nothing is better",
+        )  # fmt: skip
+        for kind, curves in points.items():
+            color, marker = looks[kind]
+            for bits, pairs in curves.items():
+                x, y = np.transpose(sorted(pairs))
+                label = kind if bits == max(curves) else None
+                ax.plot(x, y, marker=marker, markersize=5, color=color, linewidth=1.5, label=label)
+                if kind == "symmetric":
+                    ax.annotate(
+                        f"{bits} bits", (x[0], y[0]), xytext=(0, 9), textcoords="offset points",
+                        ha="center", weight="bold", fontsize=13,
+                    )  # fmt: skip
+        ax.set(yscale="log", xlabel="bits per weight, scales included", ylabel="relative RMSE")
+        ax.set_ylim(top=ax.get_ylim()[1] * 1.5)
+        _percent_ticks(ax.yaxis)
+        ax.legend(loc="upper right")
+        return Picture(
+            figure,
+            alt="One curve for each number of bits and kind of grid: relative RMSE falls as "
+            f"smaller groups take more bits per weight. {len(best)} of "
+            f"{count} settings lie on the frontier.",
+        )
+
+
+class GranularityFigure(LiveFigure):
+    """Shows an `explorers.granularity.View`."""
+
+    def __init__(self):
+        super().__init__(width=10, height=4.4, cols=2, width_ratios=[5, 6])
+        self._limits = None
+        errors, cost = self.axes
+        with style():
+            norm = LogNorm(0.003, 1, clip=True)
+            self._map = errors.imshow(
+                np.ones((2, 2)), norm=norm, cmap=ERROR_MAP, aspect="auto", extent=(0, 1, 0, 1),
+                interpolation="nearest",
+            )  # fmt: skip
+            errors.set(xticks=[], yticks=[], xlabel="input channels", ylabel="output channels")
+            errors.set_title("mean |error|, % of RMS weight")
+            errors.grid(False)
+            errors.spines[:].set_visible(False)
+            bar = self.figure.colorbar(self._map, ax=errors, pad=0.02, aspect=25)
+            _percent_ticks(bar.ax.yaxis)
+            cost.set(yscale="log", xlim=(1.7, 9.8), xlabel="bits per weight, scales included")
+            cost.set_title("relative RMSE, all bits and group sizes")
+            cost.set_xticks(range(2, 10))
+            self._curves = [
+                cost.plot([], [], marker="o", markersize=4, linewidth=1.5)[0] for _ in range(2, 9)
+            ]
+            (self._point,) = cost.plot(
+                [], [], "o", markersize=13, markerfacecolor="none", markeredgewidth=3,
+                color=COLORS["highlight"],
+            )  # fmt: skip
+            self.animate(self._map, *self._curves, self._point)
+
+    def update(self, view):
+        if view.limits != self._limits:  # another layer
+            self._limits = view.limits
+            cost = self.axes[1]
+            low, high = view.limits
+            low = low or 1e-6  # a layer without any error has no place on a logarithmic axis
+            cost.set_ylim(low / 1.5, max(high, low) * 1.5)
+            _percent_ticks(cost.yaxis)
+            self.redraw()
+        self._map.set_data(view.error_map)
+        color = COLORS["affine" if view.affine else "int8"]
+        for bits, (curve, points) in enumerate(zip(self._curves, view.curves, strict=True), 2):
+            curve.set_data(*points[~np.isnan(points[:, 0])].T)
+            curve.set_color(color if bits == view.bits else COLORS["original"])
+            curve.set_linewidth(3 if bits == view.bits else 1.2)
+        self._point.set_data([view.bits_per_weight], [view.relative_rmse])
+
+
+def _plain_ticks(axis, places, form):
+    """Round numbers on a logarithmic axis, those within its limits."""
+    axis.set_major_locator(FixedLocator(places))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: form.format(value)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _percent_ticks(axis):
+    places = [digit * 10.0**power for power in range(-6, 3) for digit in (1, 3)]
+    axis.set_major_locator(FixedLocator(places))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
+    axis.set_minor_locator(NullLocator())
