@@ -81,7 +81,7 @@ def weights_and_levels(normalized, levels):
     """normalized: weights over their block's absmax; levels: name of a method -> its levels."""
     values = np.asarray(normalized).ravel()
     with style():
-        figure, ax = new_figure(width=10, height=3.9)
+        figure, ax = new_figure(width=10, height=3.4)
         counts, edges = np.histogram(values, 121, (-1, 1))
         ax.stairs(counts / counts.max(), edges, fill=True, color=COLORS["original"], alpha=0.6)
         for row, (name, points) in enumerate(levels.items()):
@@ -272,7 +272,7 @@ def error_sources(levels, x, scale):
         held = np.histogram(np.abs(x), edges, weights=squared)[0] / ((scale * x) ** 2).sum()
         sums[name] = np.concatenate([[0], held.cumsum()])
     with style():
-        figure, ax = new_figure(width=10, height=3.9)
+        figure, ax = new_figure(width=10, height=3.5)
         counts = np.histogram(np.abs(x), edges)[0]
         top = max(curve[-1] for curve in sums.values())
         ax.stairs(
