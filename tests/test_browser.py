@@ -105,6 +105,8 @@ def test_explorer_moves_in_jupyterlab(path, browser, lab):
     try:
         check_outputs(lab.run_all(page, path.name))
         panel = explorer(page)
+        readout = panel.locator("pre").inner_text()
+        assert "do not apply" not in readout, f"the notebook leaves its explorer dimmed: {readout}"
         handle = panel.locator(".noUi-handle").first
         handle.focus()
         # a slider that stands at its end has only one way to go
