@@ -1,5 +1,7 @@
 """The explorers of notebook 00: one number's bits, and the memory that a model takes."""
 
+import math
+import textwrap
 from dataclasses import dataclass
 
 import ipywidgets as widgets
@@ -19,6 +21,7 @@ from chapter13.plots.formats import BitsFigure, MemoryFigure
 
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CUSTOM = "custom"
+BILLIONS = [0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4, 5, 7, 10, 13, 20, 30, 50, 70, 100, 200, 400]
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,14 @@ class NumberView:
     alt: str
 
 
-def number(value: float, negative: bool = False) -> NumberView:
-    """A number in the three floating-point formats."""
-    value = -value if negative else value
+def number(value: float, power: int = 0) -> NumberView:
+    """value * 2**power in the three floating-point formats.
+
+    Raises ValueError for NaN and infinity.
+    """
+    if not math.isfinite(value):
+        raise ValueError(f"the number must be finite, not {value}")
+    value *= 2.0**power
     stored = []
     for name, dtype in FLOATS.items():
         held = torch.tensor(value, dtype=torch.float64).to(dtype)
@@ -75,12 +83,13 @@ def _loss(value: float, held: float) -> str:
 
 
 def explore_number():
-    """A panel: a number, typed or moved by a slider, and its bits in fp32, fp16 and bf16."""
+    """A panel: a number that is typed, times a power of two, and its bits in fp32, fp16, bf16."""
     controls = {
-        "value": widgets.FloatLogSlider(
-            0.15625, min=-9, max=6, step=0.02, description="number", readout_format=".6g"
+        # no slider: in the browser one would round the number to its own steps
+        "value": widgets.BoundedFloatText(
+            0.15625, min=-1e6, max=1e6, step=0.01, description="number"
         ),
-        "negative": widgets.Checkbox(False, description="negative", indent=False),
+        "power": widgets.IntSlider(0, -30, 20, description="times 2 to the power"),
     }
     return Explorer(controls, number, BitsFigure())
 
@@ -135,14 +144,14 @@ def memory(
         ("  embeddings, head, norms", f"{_gb(sizes['kept'])}, not quantized"),
         ("KV cache", f"{_gb(sizes['KV cache'])} for {batch} x {context:,} tokens"),
         ("total", f"{total:.3g} GB = {total * 1e9 / 2**30:.3g} GiB"),
-        ("fits", "; ".join(holds) if holds else "none of these cards alone"),
     )  # fmt: skip
+    cards = textwrap.fill("fits: " + ("; ".join(holds) or "none of these cards alone"), width=88)
     return MemoryView(
         gigabytes=gigabytes,
         total=total,
         holds=holds,
         limit=_limit((sum(weight_bytes(shape, "fp32").values()) + sizes["KV cache"]) / 1e9),
-        readout=readout,
+        readout=f"{readout}\n{cards}",
         alt=(
             f"{model} in {format} takes {total:.3g} GB, the KV cache of {batch} x {context:,} "
             f"tokens included; {len(holds)} of {len(CARDS)} kinds of cards hold it."
@@ -187,8 +196,8 @@ def explore_memory():
         "kv_bits": widgets.SelectionSlider(
             options=[16, 8, 4], value=16, description="KV cache (bits)"
         ),
-        "billions": widgets.FloatLogSlider(
-            3, min=-1, max=2.8, step=0.02, description="custom: billions", readout_format=".3g"
+        "billions": widgets.SelectionSlider(
+            options=BILLIONS, value=3, description="custom: billions"
         ),
         "layers": widgets.IntSlider(32, 8, 128, description="custom: layers"),
     }
