@@ -216,7 +216,7 @@ class DistributionsFigure(LiveFigure):
 
         heights = view.code_counts / view.code_counts.max()
         self._codes.set_data(heights, np.linspace(0, 1, len(heights) + 1))
-        self._codes.set(facecolor=color, edgecolor="white", linewidth=1.5 if view.bits < 6 else 0)
+        self._codes.set_color(color)
         self._shape.set_data(layer.density)
         self._errors.set_data(view.error_density)
         self._points.set_data(layer.quantiles, view.quantiles)
