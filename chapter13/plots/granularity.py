@@ -229,7 +229,7 @@ class GranularityFigure(LiveFigure):
     """Shows an `explorers.granularity.View`."""
 
     def __init__(self):
-        super().__init__(width=10, height=4.4, cols=2, width_ratios=[5, 6])
+        super().__init__(width=10, height=4, cols=2, width_ratios=[5, 6])
         self._limits = None
         errors, cost = self.axes
         with style():
