@@ -166,7 +166,7 @@ def _quantize_scales(absmax: torch.Tensor) -> tuple[QuantizedTensor, torch.Tenso
     centred = absmax - offset
     scale = torch.stack([block.abs().amax() for block in centred.split(_SCALES_PER_BLOCK)])
     reciprocal = (1 / scale).repeat_interleave(_SCALES_PER_BLOCK)[: len(centred)]
-    scaled = (centred * reciprocal).clamp_(-1, 1).nan_to_num_(-1)  # 0 / 0 takes the first code
+    scaled = (centred * reciprocal).nan_to_num_(-1)  # 0 / 0 takes the first code
     step = ((scaled + 1) * 32767.5 + 0.5).floor_()
     midpoints = (code_book[:-1] + code_book[1:]) / 2
     codes = torch.bucketize(step / 32767.5 - 1, midpoints)

@@ -78,7 +78,7 @@ def _collect(value, seen: dict[tuple, int]) -> None:
 def _difference(reference: torch.Tensor, approximation: torch.Tensor) -> torch.Tensor:
     _check_shapes(reference, approximation)
     dtype = torch.promote_types(torch.float32, reference.dtype)
-    return reference.to(dtype) - approximation.to(dtype)
+    return reference.to(dtype) - approximation
 
 
 def _norm(tensor: torch.Tensor) -> float:

@@ -1,6 +1,13 @@
 """What all tests share."""
 
+import os
+
+import hypothesis
 import pytest
+
+# `make mutants` runs the properties a thousand times: fewer examples each
+hypothesis.settings.register_profile("mutants", max_examples=25)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture(scope="session")

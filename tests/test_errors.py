@@ -65,9 +65,9 @@ def test_huge_and_half_precision_values_do_not_overflow():
 
 @pytest.mark.parametrize("measure", MEASURES)
 def test_shapes_must_agree(measure):
-    with pytest.raises(ValueError, match=r"the shapes differ: \(4, 1\) and \(4,\)"):
+    with pytest.raises(ValueError, match=r"^the shapes differ: \(4, 1\) and \(4,\)$"):
         measure(torch.ones(4, 1), torch.ones(4))
-    with pytest.raises(ValueError, match="the tensors are empty"):
+    with pytest.raises(ValueError, match="^the tensors are empty$"):
         measure(torch.ones(0), torch.ones(0))
 
 
@@ -107,6 +107,19 @@ def test_size_of_a_dynamically_quantized_model(tmp_path):
     # a byte for each weight, float32 biases, and the scales and zero points of the activations
     assert weights + 4 * biases <= size * 1e6 <= weights + 4 * biases + 3 * 32
     assert size * 1e6 == pytest.approx(saved_bytes(model, tmp_path), rel=0.01)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_size_counts_a_scale_and_zero_point_for_each_channel(tmp_path):
+    per_channel = torch.ao.quantization.per_channel_dynamic_qconfig
+    model = torch.nn.Sequential(torch.nn.Linear(512, 2048, bias=False))
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear: per_channel})
+    # a byte for each weight, a float64 scale and an int64 zero point for each channel
+    exact = 512 * 2048 + 2048 * 16
+    assert exact <= model_size_mb(quantized) * 1e6 <= exact + 32
+    assert model_size_mb(quantized) * 1e6 == pytest.approx(
+        saved_bytes(quantized, tmp_path), rel=0.01
+    )
 
 
 def test_size_counts_tied_memory_once_and_buffers():

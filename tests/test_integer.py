@@ -197,8 +197,10 @@ def test_bits_and_scale_dtype_out_of_range(quantize):
     for bits in (1, 9, 0, -8, 4.5, "8", True):
         with pytest.raises(ValueError, match="whole number from 2 to 8, not"):
             quantize(torch.ones(2, 4), bits)
-    for dtype in (torch.float64, torch.int8):
-        with pytest.raises(ValueError, match="must be float32, float16 or bfloat16, not torch"):
+    for dtype in (torch.float64, torch.bfloat16, torch.int8):
+        with pytest.raises(
+            ValueError, match="^scale_dtype must be torch.float32 or torch.float16,"
+        ):
             quantize(torch.ones(2, 4), scale_dtype=dtype)
 
 
@@ -592,4 +594,15 @@ def test_repr_says_what_it_is():
     assert repr(quantize_absmax(weight, 4, 64)) == (
         "QuantizedTensor(absmax, shape=(2, 64), bits=4, group_size=64, 4.25 bits per weight)"
     )
-    assert "affine" in repr(quantize_affine(weight))
+    assert repr(quantize_affine(weight, 4, "channel")) == (
+        "QuantizedTensor(affine, shape=(2, 64), bits=4, group_size='channel', "
+        "4.312 bits per weight)"
+    )
+
+
+def test_dequantized_codes_are_float32_whatever_the_scale():
+    codes = torch.tensor([3, -127], dtype=torch.int8)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        restored = dequantize_absmax_int8(codes, torch.tensor(0.5, dtype=dtype))
+        assert restored.dtype == torch.float32
+        assert restored.tolist() == [1.5, -63.5]
