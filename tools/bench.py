@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -142,6 +143,67 @@ def bench_import():
     results.record("bench/import", {"beyond_torch_ms": ms(beyond)})
 
 
+def bench_sliders():
+    from chapter13.explorers import absmax, codebooks, distributions, formats, granularity
+
+    layers = {shape: torch.randn(shape) * 0.02 for shape in ((1536, 576), (4096, 4096))}
+    explorers = {
+        "01 absmax": absmax.explore_absmax,
+        "02 granularity": granularity.explore_granularity,
+        "03 code books": codebooks.explore_codebooks,
+        "07 distributions": distributions.explore_distributions,
+    }
+    measured = {}
+    panels = [("00 number", "", formats.explore_number), ("00 memory", "", formats.explore_memory)]
+    panels += [
+        (name, " x ".join(map(str, shape)), partial(explore, weight))
+        for name, explore in explorers.items()
+        for shape, weight in layers.items()
+    ]
+    for name, shape, make in panels:
+        panel = make()
+        times = [milliseconds for _ in range(2) for milliseconds in moves(panel)]
+        panel.close()
+        median, slowest = statistics.median(times), max(times)
+        print(
+            f"{name:18}{shape:12} {len(times):3} moves   median {median:6.1f} ms   "
+            f"slowest {slowest:6.1f} ms"
+        )
+        measured[f"{name} {shape}".strip()] = {
+            "median_ms": round(median, 1),
+            "slowest_ms": round(slowest, 1),
+        }
+    results.record("bench/sliders", measured, ("matplotlib", "ipywidgets"))
+
+
+def moves(panel):
+    """Milliseconds from each move of a control to the new picture, kernel side."""
+    start = panel.settings
+    for name, control in panel.controls.items():
+        for value in positions(control):
+            panel.set(**start)
+            begin = time.perf_counter()
+            panel.set(**{name: value})
+            yield (time.perf_counter() - begin) * 1e3
+
+
+def positions(control):
+    """Up to seven values of a control, from end to end, none of them the one it has."""
+    if options := getattr(control, "options", None):
+        values = [option[1] if isinstance(option, tuple) else option for option in options]
+    elif hasattr(control, "base"):
+        values = [
+            control.base ** (control.min + i * (control.max - control.min) / 6) for i in range(7)
+        ]
+    elif hasattr(control, "min"):
+        span = control.max - control.min
+        values = [type(control.value)(control.min + i * span / 6) for i in range(7)]
+    else:
+        values = [False, True]
+    values = [value for value in values if value != control.value]
+    return values[:: max(1, len(values) // 7)][:7]
+
+
 def peak_extra_bytes(work):
     """The most memory that `work` held at a time beyond what was there before, result included."""
     page = os.sysconf("SC_PAGE_SIZE")
@@ -186,6 +248,7 @@ BENCHES = {
     "int8": bench_int8,
     "nf4": bench_nf4,
     "packing": bench_packing,
+    "sliders": bench_sliders,
     "import": bench_import,
 }
 
