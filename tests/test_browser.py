@@ -105,6 +105,7 @@ def test_explorer_moves_in_jupyterlab(path, browser, lab):
     try:
         check_outputs(lab.run_all(page, path.name))
         panel = explorer(page)
+        page.wait_for_timeout(500)  # what the cells said last may still be on its way to the panel
         readout = panel.locator("pre").inner_text()
         assert "do not apply" not in readout, f"the notebook leaves its explorer dimmed: {readout}"
         handle = panel.locator(".noUi-handle").first
