@@ -46,7 +46,7 @@ def fp4_code_book() -> torch.Tensor:
     Not in ascending order, and not the E2M1 of the OCP standard. Code 8 is a second zero.
     """
     magnitudes = torch.tensor([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0]) / 12
-    return torch.cat([magnitudes, -magnitudes])
+    return torch.cat([magnitudes, -magnitudes]) + 0.0  # both zeros positive
 
 
 @cache
@@ -105,7 +105,7 @@ def _block_absmax(flat: torch.Tensor, block_size: int) -> torch.Tensor:
     """max|w| of each block in float32; a short last block counts as 1e-38 at least."""
     whole = flat.numel() // block_size
     blocks = flat[: whole * block_size].view(whole, block_size)
-    absmax = torch.maximum(blocks.amax(1), -blocks.amin(1)).float()
+    absmax = torch.maximum(blocks.amax(1), -blocks.amin(1)).abs().float()  # -amin of zeros is -0
     rest = flat[whole * block_size :]
     if rest.numel():
         absmax = torch.cat([absmax, rest.abs().amax().float().clamp(min=_TINY)[None]])

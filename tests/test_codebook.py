@@ -27,6 +27,16 @@ def without_torch_compile():
     torch._dynamo.config.disable = before
 
 
+def same_bits(a, b):
+    """Equal down to the sign of zero.
+
+    Too strict for dequantized FP4: bitsandbytes' C++ code makes its second zero -0, its Python
+    code for odd shapes 0.
+    """
+    integers = {4: torch.int32, 2: torch.int16}[a.element_size()]
+    return a.dtype == b.dtype and torch.equal(a.view(integers), b.view(integers))
+
+
 def random(shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
@@ -75,7 +85,7 @@ SHAPES = [(256, 256), (13, 7), (3,), (1,), (4097,), (5, 1024), (1000, 33), (2, 3
 
 @pytest.mark.parametrize("kind", CODE_BOOKS)
 def test_code_books_are_those_of_bitsandbytes(kind):
-    assert torch.equal(CODE_BOOKS[kind](), functional.get_4bit_type(kind, device="cpu"))
+    assert same_bits(CODE_BOOKS[kind](), functional.get_4bit_type(kind, device="cpu"))
 
 
 def test_dynamic_map_is_that_of_bitsandbytes():
@@ -91,7 +101,7 @@ def test_same_bytes_as_bitsandbytes(kind, block_size, make):
         packed, state = functional.quantize_4bit(weight, blocksize=block_size, quant_type=kind)
         ours = quantize_codebook(weight, kind, block_size)
         assert torch.equal(ours.packed, packed.view(-1))
-        assert torch.equal(ours.scale, state.absmax)
+        assert same_bits(ours.scale, state.absmax)
         expected = functional.dequantize_4bit(packed, state).view(shape)
         assert torch.equal(ours.dequantize(weight.dtype), expected)
 
@@ -101,8 +111,8 @@ def test_same_bytes_as_bitsandbytes(kind, block_size, make):
         ours = quantize_codebook(weight, kind, block_size, double_quant=True)
         assert torch.equal(ours.packed, packed.view(-1))
         assert torch.equal(ours.stored_scale.packed, state.absmax.view(-1))
-        assert torch.equal(ours.stored_scale.scale, state.state2.absmax)
-        assert torch.equal(ours.scale_offset, state.offset)
+        assert same_bits(ours.stored_scale.scale, state.state2.absmax)
+        assert same_bits(ours.scale_offset, state.offset)
         expected = functional.dequantize_4bit(packed, state).view(shape)
         assert torch.equal(ours.dequantize(weight.dtype), expected)
 

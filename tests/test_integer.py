@@ -113,6 +113,7 @@ def test_all_zero(function):
     if isinstance(result, tuple):
         codes, scale = result
         assert not codes.any()
+        assert not scale.signbit().any()
         assert torch.equal(dequantize_absmax_int8(codes, scale), torch.zeros(codes.shape))
     else:
         assert torch.equal(result.dequantize(), weight)
