@@ -24,6 +24,8 @@ from chapter13 import quantize_absmax, quantize_codebook, quantize_per_channel, 
 from chapter13.packing import pack, packed_size, unpack
 
 SHAPE = (11008, 4096)  # the largest matrix of a 7B model's MLP
+README = results.FILE.parent.parent / "README.md"
+SECTION = ("<!-- bench: written by `make bench`, do not edit -->\n", "<!-- end of bench -->")
 
 
 def medians(*sides, runs=5):
@@ -204,6 +206,96 @@ def positions(control):
     return values[:: max(1, len(values) // 7)][:7]
 
 
+def readme_section(records):
+    """The README's table of speeds, from data/results.json."""
+    int8, nf4, packing = (records[f"bench/{name}"] for name in ("int8", "nf4", "packing"))
+    sliders = {
+        name: times["median_ms"]
+        for name, times in records["bench/sliders"].items()
+        if name != "environment"
+    }
+    small, large = (
+        [median for name, median in sliders.items() if ("4096" in name) is wide]
+        for wide in (False, True)
+    )
+    slowest_pack = min(
+        speed["pack"] for bits, speed in packing.items() if bits[0] in "234567" and "bits" in bits
+    )
+    four = packing["4_bits_gb_per_s"]
+    environments = [records[f"bench/{name}"]["environment"] for name in BENCHES]
+    where = environments[0]
+    versions = where["versions"] | environments[1]["versions"]
+    rows = [
+        ("what", "chapter13", "beside it", "ratio"),
+        ("---",) * 4,
+        *(
+            (
+                f"{what} of {SHAPE[0]} x {SHAPE[1]} weights",
+                f"{nf4[key]['ours_ms']:.0f} ms",
+                f"bitsandbytes {nf4[key]['bitsandbytes_ms']:.0f} ms",
+                f"{nf4[key]['ratio']} x as fast",
+            )
+            for what, key in (
+                ("NF4, blocks of 64,", "nf4"),
+                ("NF4 with double quantization", "nf4_double"),
+                ("FP4, blocks of 64,", "fp4"),
+                ("NF4 back to float32", "nf4_dequantize"),
+            )
+        ),
+        (
+            "INT8 per channel, the same matrix",
+            f"{int8['ours_ms']:.0f} ms",
+            f"three torch operations {int8['plain_torch_ms']:.0f} ms",
+            f"{int8['ratio']} x as fast",
+        ),
+        (
+            "extra memory for it, result included",
+            f"{int8['extra_memory']} of the matrix",
+            f"three torch operations {int8['plain_extra_memory']}",
+            "",
+        ),
+        (
+            "packing 4-bit codes, and back",
+            f"{four['pack']} and {four['unpack']} GB/s",
+            f"a plain copy {four['copy']} GB/s",
+            "",
+        ),
+        ("packing, slowest of 2 to 7 bits", f"{slowest_pack} GB/s", "", ""),
+        (
+            "slider to new picture, in the kernel, 1536 x 576 weights",
+            f"{min(small):.0f} to {max(small):.0f} ms",
+            "",
+            "",
+        ),
+        (
+            "the same, 4096 x 4096 weights",
+            f"{min(large):.0f} to {max(large):.0f} ms",
+            "",
+            "",
+        ),
+        (
+            "`import chapter13`, beyond torch and numpy",
+            f"{records['bench/import']['beyond_torch_ms']:.0f} ms",
+            "",
+            "",
+        ),
+    ]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return (
+        f"Medians on {where['machine']}, torch {versions['torch']}, "
+        f"bitsandbytes {versions['bitsandbytes']}, {where['date']}. "
+        f"`make bench` measures yours.\n\n{table}\n"
+    )
+
+
+def write_readme(records):
+    """Puts the table into the README, between its two comments."""
+    before, _, rest = README.read_text(encoding="utf-8").partition(SECTION[0])
+    _, _, after = rest.partition(SECTION[1])
+    text = before + SECTION[0] + readme_section(records) + SECTION[1] + after
+    README.write_text(text, encoding="utf-8")
+
+
 def peak_extra_bytes(work):
     """The most memory that `work` held at a time beyond what was there before, result included."""
     page = os.sysconf("SC_PAGE_SIZE")
@@ -260,6 +352,9 @@ def main(names):
     print(f"{results.machine()}; a {SHAPE[0]} x {SHAPE[1]} matrix, medians")
     for name in names or BENCHES:
         BENCHES[name]()
+    records = results.load()
+    if all(f"bench/{name}" in records for name in BENCHES):
+        write_readme(records)
 
 
 if __name__ == "__main__":
