@@ -11,6 +11,7 @@ grid. The act-order of GPTQ (https://arxiv.org/abs/2210.17323) rests on the same
 This file knows nothing of where data lies; `download.py` calls it.
 """
 
+import logging
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +136,7 @@ def read_gguf(path: Path):
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    silence_torchao()
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(**where, local_files_only=True)
     # transformers reads the vocabulary but not `tokenizer.ggml.pre = smollm`: digits stand alone.
@@ -148,6 +150,12 @@ def read_gguf(path: Path):
         **where, dtype=torch.float32, local_files_only=True
     )
     return model.eval(), tokenizer
+
+
+def silence_torchao() -> None:
+    """transformers imports torchao, which warns of GPU extensions that it cannot load here."""
+    for noisy in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
 def convert_model(gguf: Path, folder: Path, wheel: str) -> None:

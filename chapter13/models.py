@@ -3,11 +3,11 @@
 Weights come from safetensors files alone: they hold numbers, where a pickle may hold a program.
 """
 
-from logging import ERROR, getLogger
 from pathlib import Path
 
 import torch
 
+from chapter13.convert import silence_torchao
 from chapter13.download import require
 
 EMBEDDED = "smollm2-135m"
@@ -39,9 +39,7 @@ def load(name: str = EMBEDDED, device: str | torch.device | None = None):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    # transformers imports torchao, which warns of GPU extensions that it cannot load here
-    for noisy in ("torchao", "torch.utils._pytree"):
-        getLogger(noisy).setLevel(ERROR)
+    silence_torchao()
     safe = {"trust_remote_code": False, "local_files_only": local}
     bars = logging.is_progress_bar_enabled()
     if local:
