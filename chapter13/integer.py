@@ -125,7 +125,7 @@ def quantize_affine(
     scale = round_scale((high - low) / levels, high.double() - low, levels, scale_dtype)
 
     divisor = _divisor(scale)
-    zero_point = (-low / divisor).round_().clamp_(0, levels)
+    zero_point = (-low / divisor).round_().clamp_(max=levels)
     ends = torch.maximum(zero_point, levels - zero_point) * scale
     if not ends.isfinite().all():  # the grid reaches up to half a step beyond the weights
         raise ValueError(

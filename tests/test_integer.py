@@ -388,6 +388,33 @@ def test_smallest_float16_scale_that_holds():
     assert quantize_absmax(torch.full((1, 4), 1.4 * 2.0**-24), 2).codes().tolist() == [[1] * 4]
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_affine_scale_that_just_holds(bits):
+    levels, smallest = 2**bits - 1, 2.0**-24
+    # half a step beyond the grid: zero point and lowest code are both rounded past their ends
+    weight = torch.tensor([[-(levels + 0.5) * smallest, 0.0]])
+    quantized = quantize_affine(weight, bits)
+    assert quantized.scale.item() == smallest
+    assert quantized.zero_point.item() == levels
+    assert quantized.codes().tolist() == [[0, levels]]
+    assert quantized.dequantize().tolist() == [[-levels * smallest, 0.0]]
+    # one float32 number more, on either side of zero or shared between them, is too much
+    beyond = (levels + 0.5) * smallest * (1 + 2.0**-22)
+    for low, high in ((-beyond, 0.0), (0.0, beyond), (-beyond / 2, beyond / 2)):
+        with pytest.raises(
+            ValueError, match="^1 of 1 scales, the first .*, cannot be held in float16"
+        ):
+            quantize_affine(torch.tensor([[low, high]]), bits)
+
+
+def test_affine_takes_weights_whose_grid_still_ends_within_float32():
+    for low, high in ((-1.6e38, 1.6e38), (0.0, 3e38), (-3e38, 0.0)):
+        weight = torch.tensor([[low, high]])
+        quantized = quantize_affine(weight, 8, None, torch.float32)
+        error = (quantized.dequantize().double() - weight.double()).abs()
+        assert (error <= quantized.scale.double() * 0.5 * (1 + 2**8 * 8 * U)).all()
+
+
 @pytest.mark.parametrize("group_size", GROUPS)
 @given(matrices())
 def test_absmax_error_is_at_most_half_a_float32_scale(group_size, weight):
