@@ -180,6 +180,16 @@ def test_the_panel_moves(weights):
     panel.close()
 
 
+def test_scales_that_float16_cannot_hold_are_explained_by_what_the_panel_has():
+    panel = explore_codebooks(torch.full((4, 64), 1e-7))
+    assert "do not apply" not in panel.readout  # NF4
+    said = panel.set(method="affine")
+    assert "cannot be held in float16" in said
+    assert "choose NF4 or FP4" in said
+    assert "scale_dtype" not in said  # there is no such control
+    panel.close()
+
+
 def test_a_weight_that_is_no_matrix_is_refused():
     with pytest.raises(ValueError, match="out_features, in_features"):
         explore_codebooks(torch.randn(64))

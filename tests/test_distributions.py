@@ -25,6 +25,7 @@ from chapter13.explorers.distributions import (
 from chapter13.plots.distributions import percent
 
 BITS = range(2, 9)
+OUTLIERS = [1, 100]
 
 
 def normal(*shape, seed=0):
@@ -65,17 +66,19 @@ def test_the_test_knows_every_method():
 @pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("method", METHODS)
 def test_numbers_are_the_packages_own(name, method):
-    weight = WEIGHTS[name]
-    layer = prepare(weight)
-    weight = weight.float()
-    for bits, group_size in product(BITS, GROUP_SIZES):
+    given = WEIGHTS[name]
+    layer = prepare(given)
+    given = given.float()
+    for bits, group_size, outlier in product(BITS, GROUP_SIZES, OUTLIERS):
         if method in CODE_BOOKS and bits != 4:
-            with pytest.raises(ValueError, match=f"{method} .* not {bits}"):
-                view(layer, method, bits, group_size)
+            with pytest.raises(ValueError, match=f"{method.upper()} .* not {bits}.*Set bits to 4"):
+                view(layer, method, bits, group_size, outlier)
             continue
+        weight = given.clone()
+        weight[divmod(int(given.abs().argmax()), given.shape[1])] *= outlier
         quantized = by_hand(weight, method, bits, group_size)
         approximation = quantized.dequantize()
-        shown = view(layer, method, bits, group_size)
+        shown = view(layer, method, bits, group_size, outlier)
 
         codes, counts = np.unique(quantized.codes().numpy(), return_counts=True)
         assert shown.used == len(codes)
@@ -94,12 +97,20 @@ def test_numbers_are_the_packages_own(name, method):
             "entropy of the codes": f"{shown.entropy:.2f} of {bits} bits",
             "weights that become 0": percent(shown.zeros),
             "mean squared error": f"{mse(weight, approximation):.2e}",
-            "SQNR": f"{sqnr_db(weight, approximation):.1f} dB",
+            "SQNR": f"{expected_sqnr(given, weight, approximation):.1f} dB",
             "largest error": f"{max_abs_error(weight, approximation):.2e}",
             "memory": f"{quantized.bits_per_weight:.3g} bits per weight",
         }
         assert f"{len(codes)} of {2**bits} in use" in shown.alt
-        check_pictures(layer, shown, weight, quantized, approximation)
+        if outlier == 1:
+            assert readout["SQNR"] == f"{sqnr_db(weight, approximation):.1f} dB"
+        check_pictures(layer, shown, given, weight, quantized, approximation)
+
+
+def expected_sqnr(given, weight, approximation):
+    """In dB; the signal is that of the weights as given, without the outlier."""
+    noise = (weight - approximation).double().square().sum().item()
+    return 10 * math.log10(given.double().square().sum().item() / noise) if noise else math.inf
 
 
 def test_all_weights_are_drawn_or_a_seeded_choice(monkeypatch):
@@ -111,18 +122,18 @@ def test_all_weights_are_drawn_or_a_seeded_choice(monkeypatch):
     assert layer.drawn.max() < weight.numel()
     for method, group_size in product(METHODS, ["tensor", 64]):
         quantized = by_hand(weight, method, 4, group_size)
-        shown = view(layer, method, 4, group_size)
-        check_pictures(layer, shown, weight, quantized, quantized.dequantize())
+        shown = view(layer, method, 4, group_size, 1)
+        check_pictures(layer, shown, weight, weight, quantized, quantized.dequantize())
         assert shown.code_counts.sum() == weight.numel()  # numbers and codes are of all
 
 
-def check_pictures(layer, shown, weight, quantized, approximation):
+def check_pictures(layer, shown, given, weight, quantized, approximation):
     """The histograms and quantiles of a view, against numpy's own of the weights drawn."""
     assert len(layer.drawn) == min(distributions.DRAWN, weight.numel())
-    before, after = weight.reshape(-1)[layer.drawn], approximation.view(-1)[layer.drawn]
+    before, after = given.reshape(-1)[layer.drawn], approximation.view(-1)[layer.drawn]
     for density, values in [(layer.density, before), (shown.density, after)]:
         assert np.array_equal(density, numpy_density(values, layer.sigma))
-    errors = after - before
+    errors = after - weight.reshape(-1)[layer.drawn]
     unit = mse(weight, approximation) ** 0.5 or 1.0
     assert np.array_equal(shown.error_density, numpy_density(errors, unit))
 
@@ -198,7 +209,9 @@ def test_a_large_matrix_is_shown_by_whole_rows_and_its_extremes(monkeypatch):
         whole = by_hand(weight, method, 4, "tensor")
         part = METHODS[method](layer.weight, 4, "tensor")
         assert part.scale == whole.scale
-    assert f"rows shown             {len(kept)} of 1000\n" in view(layer, "absmax", 4, 64).readout
+    assert (
+        f"rows shown             {len(kept)} of 1000\n" in view(layer, "absmax", 4, 64, 1).readout
+    )
 
 
 @pytest.mark.parametrize(
@@ -214,6 +227,16 @@ def test_a_large_matrix_is_shown_by_whole_rows_and_its_extremes(monkeypatch):
 def test_bad_weights(weight, error, words):
     with pytest.raises(error, match=words):
         explore_distributions(weight)
+
+
+def test_scales_that_float16_cannot_hold_are_explained_by_what_the_panel_has():
+    panel = explore_distributions(1e-6 * normal(4, 96))
+    said = panel.set(method="absmax", bits=8, group_size=32)
+    assert "cannot be held in float16" in said
+    assert "choose NF4 or FP4" in said
+    assert "scale_dtype" not in said  # there is no such control
+    assert "do not apply" not in panel.set(method="nf4", bits=4)
+    panel.close()
 
 
 def test_a_group_size_that_does_not_divide_is_explained():

@@ -23,7 +23,12 @@ from chapter13.tensors import QuantizedTensor
 MOST = 1 << 21  # weights that are quantized at a move; the embedded model's layers are smaller
 BINS = 121
 DRAWN = 1 << 17  # weights that make the histograms; every number in the readout is of all
-METHODS = {"absmax": "absmax", "affine": "affine", "nf4": "NF4", "fp4": "FP4"}
+METHODS = {
+    "absmax": "absmax (symmetric)",
+    "affine": "affine (asymmetric)",
+    "nf4": "NF4",
+    "fp4": "FP4",
+}
 GROUP_SIZES = [16, 32, 64, 128, 192, 288, 576, "row"]
 
 
@@ -94,7 +99,7 @@ def prepare(weight: torch.Tensor) -> Layer:
 
     Raises as `quantize_absmax`, and ValueError for a weight that is not a matrix.
     """
-    quantize_absmax(weight, group_size="channel")  # says what is wrong with it
+    quantize_absmax(weight, 8, "channel", torch.float32)  # says what is wrong with it
     step = -(-weight.numel() // MOST)
     taken = weight.detach()[::step].float().cpu().contiguous()
     return Layer(
@@ -105,6 +110,20 @@ def prepare(weight: torch.Tensor) -> Layer:
     )
 
 
+def integer_grid(weight, method, bits, group_size) -> QuantizedTensor:
+    """absmax or affine; of scales that float16 cannot hold it says what a panel's reader can do."""
+    quantizer = {"absmax": quantize_absmax, "affine": quantize_affine}[method]
+    try:
+        return quantizer(weight, bits, group_size)
+    except ValueError as error:
+        said = str(error).replace(
+            "use scale_dtype=torch.float32",
+            "choose NF4 or FP4, whose scales are float32, or give the panel the weights times a "
+            "power of two, which changes no code",
+        )
+        raise ValueError(said) from None
+
+
 def quantize(weight, method, bits, group_size, double_quant) -> QuantizedTensor:
     """The weight quantized as the controls say; ValueError where they do not fit each other."""
     if method in ("absmax", "affine"):
@@ -113,8 +132,7 @@ def quantize(weight, method, bits, group_size, double_quant) -> QuantizedTensor:
                 f"double quantization packs the float32 absmax values of NF4 and FP4; "
                 f"{method} holds float16 scales. Switch it off, or choose NF4 or FP4"
             )
-        integer = quantize_absmax if method == "absmax" else quantize_affine
-        return integer(weight, bits, "channel" if group_size == "row" else group_size)
+        return integer_grid(weight, method, bits, "channel" if group_size == "row" else group_size)
     if bits != 4:
         raise ValueError(
             f"{METHODS[method]} is a table of 16 values: it takes 4 bits, not {bits}. "

@@ -1,5 +1,6 @@
 """The explorer of notebook 07: what quantization does to the distribution of a layer's weights."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -10,9 +11,11 @@ import numpy as np
 import torch
 
 from chapter13.codebook import quantize_codebook
-from chapter13.errors import max_abs_error, mse, sqnr_db
+from chapter13.errors import max_abs_error, mse
 from chapter13.explorers.base import Explorer, lines
-from chapter13.integer import quantize_absmax, quantize_affine
+from chapter13.explorers.codebooks import METHODS as LABELS
+from chapter13.explorers.codebooks import integer_grid
+from chapter13.integer import quantize_absmax
 from chapter13.models import LINEARS, linear_weights
 from chapter13.plots.distributions import DistributionsFigure, percent
 from chapter13.tensors import QuantizedTensor
@@ -26,9 +29,9 @@ PROBABILITIES = np.array([NormalDist().cdf(z) for z in np.linspace(-3.5, 3.5, 20
 GROUP_SIZES = ["tensor", "channel", 128, 64, 32, 16]
 
 
-def _integer(quantize):
+def _integer(method):
     def quantize_weight(weight, bits, group_size):
-        return quantize(weight, bits, None if group_size == "tensor" else group_size)
+        return integer_grid(weight, method, bits, None if group_size == "tensor" else group_size)
 
     return quantize_weight
 
@@ -36,7 +39,10 @@ def _integer(quantize):
 def _code_book(kind):
     def quantize_weight(weight, bits, group_size):
         if bits != 4:
-            raise ValueError(f"{kind} is a table of 16 values: it has 4 bits, not {bits}")
+            raise ValueError(
+                f"{LABELS[kind]} is a table of 16 values: it takes 4 bits, not {bits}. "
+                "Set bits to 4, or choose absmax or affine"
+            )
         block_size = {"tensor": weight.numel(), "channel": weight.shape[1]}.get(
             group_size, group_size
         )
@@ -47,8 +53,8 @@ def _code_book(kind):
 
 # name -> function of (weight, bits, group size): the one place that knows the methods
 METHODS: dict[str, Callable[[torch.Tensor, int, int | str], QuantizedTensor]] = {
-    "absmax": _integer(quantize_absmax),
-    "affine": _integer(quantize_affine),
+    "absmax": _integer("absmax"),
+    "affine": _integer("affine"),
     "nf4": _code_book("nf4"),
     "fp4": _code_book("fp4"),
 }
@@ -62,6 +68,10 @@ class Layer:
     """float32 (rows, in_features): the whole matrix, or some of its rows if it is large."""
     out_features: int
     """Rows of the whole matrix."""
+    largest: int
+    """Where the largest element is, in the flattened weight."""
+    energy: float
+    """The mean square of the weight."""
     sigma: float
     """Standard deviation; 1 where all weights are equal."""
     density: np.ndarray
@@ -141,6 +151,8 @@ def prepare(weight: torch.Tensor) -> Layer:
     return Layer(
         weight=weight,
         out_features=len(whole),
+        largest=int(weight.abs().argmax()),
+        energy=mse(weight, torch.zeros_like(weight)),
         sigma=sigma,
         density=_density(values, sigma),
         quantiles=_quantiles(values) / sigma,
@@ -148,16 +160,25 @@ def prepare(weight: torch.Tensor) -> Layer:
     )
 
 
-def view(layer: Layer, method: str, bits: int, group_size: int | str) -> View:
-    """The layer quantized. Raises ValueError where method, bits and group size do not agree."""
+def view(layer: Layer, method: str, bits: int, group_size: int | str, outlier: float) -> View:
+    """The layer, its largest weight made `outlier` times larger, quantized as the rest says.
+
+    What it is compared with (σ, gray histograms, the Q-Q plot's horizontal axis, the SQNR's signal)
+    is the weight as it was given: one outlier shall not hide the errors of all others.
+    Raises ValueError where method, bits and group size do not agree.
+    """
     weight = layer.weight
+    if outlier != 1:
+        weight = weight.clone()
+        weight.view(-1)[layer.largest] *= outlier
     quantized = METHODS[method](weight, bits, group_size)
     approximation = quantized.dequantize()
     code_counts = count_codes(quantized)
     used, information = np.count_nonzero(code_counts), entropy(code_counts)
     zeros = 1 - approximation.count_nonzero().item() / weight.numel()
     error = mse(weight, approximation)
-    sqnr = sqnr_db(weight, approximation)
+    relative = math.sqrt(error / layer.energy) if layer.energy else 0.0
+    sqnr = -20 * math.log10(relative) if relative else math.inf
 
     drawn = approximation.view(-1)[layer.drawn]
     errors = np.sort((drawn - weight.view(-1)[layer.drawn]).numpy())
@@ -207,10 +228,15 @@ def explore_distributions(weight: torch.Tensor | None = None) -> Explorer:
     controls for the block and the kind of layer. Raises as `prepare`.
     """
     controls = {
-        "method": widgets.Dropdown(options=list(METHODS), description="method"),
+        "method": widgets.Dropdown(
+            options=[(LABELS[name], name) for name in METHODS], description="method"
+        ),
         "bits": widgets.IntSlider(4, 2, 8, description="bits"),
         "group_size": widgets.SelectionSlider(
             options=GROUP_SIZES, value="tensor", description="group size"
+        ),
+        "outlier": widgets.FloatLogSlider(
+            1, min=0, max=3, step=0.1, description="outlier: largest weight ×", readout_format=".3g"
         ),
     }
     if weight is not None:

@@ -175,7 +175,9 @@ def storage_bars(rows):
                 start += bits
             ax.text(start + 0.012, index, f"{start:.4g}", va="center", fontsize=14)
         for color, part in zip(PARTS, parts, strict=False):
-            ax.barh(0, 0, color=color, label=part)
+            most = max(row.get(part, 0) for row in rows.values())
+            seen = "" if most > 0.01 else f" ({most:.3f}: too thin to see)"
+            ax.barh(0, 0, color=color, label=part + seen)
         ax.set_yticks(range(len(rows)), list(rows))
         ax.invert_yaxis()
         ax.grid(axis="y", visible=False)
@@ -289,7 +291,7 @@ def error_sources(levels, x, scale):
             xlim=(0, 1),
             ylim=(0, 1.3 * top),
             xlabel="|weight| / absmax of its block",
-            ylabel="squared error up to here\n/ energy of all weights",
+            ylabel="squared errors up to here\n/ all weights squared",
         )
         ax.legend(loc="upper left", ncols=3)
         told = "; ".join(
@@ -299,7 +301,7 @@ def error_sources(levels, x, scale):
         return Picture(
             figure,
             f"Squared error of the weights up to a given size in their block, added up, over the "
-            f"energy of all weights: {told}.",
+            f"sum of all weights squared: {told}.",
         )
 
 

@@ -112,12 +112,13 @@ def histogram_pair(weight, approximation, bins=121):
             counts / counts.max(), edges, fill=True, color=COLORS["original"], label="weights"
         )
         ax.stairs(others / counts.max(), edges, lw=1.5, color=COLORS["int4"], label="reconstructed")
-        ax.set(xlim=(-limit, limit), ylim=(0, 1.6), xlabel="weight", ylabel="weights per bin")
+        ax.set(xlim=(-limit, limit), ylim=(0, 1.6), xlabel="weight", ylabel="count (highest = 1)")
         ax.set_yticks([0, 0.5, 1])
         ax.legend(loc="upper right")
         if others.max() > 1.6 * counts.max():
             share = others[bins // 2] / others.sum()
-            ax.text(0.01 * limit, 1.5, f"  ↑ {share:.0%} in one bin", color=COLORS["text"])
+            told = f"{share:.0%} of the reconstructed\nweights are in the bin at 0"
+            ax.text(-0.97 * limit, 1.55, told, va="top", fontsize=12, color=COLORS["text"])
         return Picture(
             figure,
             "Histogram of the weights, and on the same bins that of their reconstruction. "
@@ -222,4 +223,6 @@ class DistributionsFigure(LiveFigure):
         self._points.set_data(layer.quantiles, view.quantiles)
         self._points.set_color(color)
         self._zeros.set_text(f"{percent(view.zeros)} of the weights become 0")
-        self._used.set_text(f"{view.used} of {2**view.bits} codes in use, {view.entropy:.2f} bits")
+        self._used.set_text(
+            f"{view.used} of {2**view.bits} codes in use, entropy {view.entropy:.2f}"
+        )
