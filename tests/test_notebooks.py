@@ -350,6 +350,59 @@ def test_reset_changes_nothing_where_nothing_changed(clone, capsys):
     assert "as they came" in capsys.readouterr().out
 
 
+def saved_after_a_run(notebook):
+    """As JupyterLab saves a notebook of which one cell was run twice: nothing else changed."""
+    notebook.metadata["language_info"] = {"name": "python", "version": "3.12.1"}
+    notebook.cells[0].metadata["trusted"] = True
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.execution_count += 1
+            cell.metadata["execution"] = {"iopub.execute_input": "2026-01-01T00:00:00Z"}
+            for output in cell.outputs:
+                if output.output_type != "stream":
+                    output.data[notebooks.WIDGET_VIEW] = {"model_id": "random"}
+    return notebook
+
+
+def spoil_source(notebook):
+    notebook.cells[-1].source += "mine"
+
+
+def spoil_output(notebook):
+    cell = next(cell for cell in notebook.cells if cell.get("outputs"))
+    cell.outputs.append(new_output("stream", text="mine"))
+
+
+def spoil_slide(notebook):
+    notebook.cells[0].metadata.slideshow.slide_type = "notes"
+
+
+def spoil_order(notebook):
+    notebook.cells.reverse()
+
+
+@pytest.mark.parametrize("change", [None, spoil_source, spoil_output, spoil_slide, spoil_order])
+def test_a_save_alone_is_no_change(fit, clone, change):
+    path = clone / "notebooks" / "00_first.ipynb"
+    notebooks.write(fit, path)
+    author = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    commit = ["git", "-C", clone, *author, "commit", "-q", "-a", "-m", "a notebook"]
+    subprocess.run(commit, check=True)
+    original = path.read_bytes()
+    saved = saved_after_a_run(notebooks.read(path))
+    if change:
+        change(saved)
+    notebooks.write(saved, path)
+    theirs = path.read_bytes()
+    assert theirs != original
+    assert notebooks.reset(clone) == 0
+    kept = [copy.read_bytes() for copy in path.parent.glob("my_*")]
+    if change:
+        assert (path.read_bytes(), kept) == (original, [theirs])
+    else:
+        assert (path.read_bytes(), kept) == (theirs, [])
+
+
 def test_reset_brings_back_a_deleted_notebook(clone):
     original = texts(clone)
     (clone / "notebooks" / "01_second.ipynb").unlink()

@@ -319,6 +319,22 @@ def git(root, *arguments):
     return done.stdout
 
 
+def content(raw):
+    """What a notebook, as bytes, says and shows: its cells without the order they were run in.
+
+    Merely saving a notebook in JupyterLab changes the file: it adds Python's version and, once
+    the cells have run, the widgets' ids. What is no notebook is compared as text, whose line ends
+    git may have made Windows'.
+    """
+    try:
+        cells = normalize(nbformat.reads(raw.decode(), as_version=4)).cells
+    except (ValueError, KeyError, AttributeError):  # not JSON, or not a notebook's
+        return raw.replace(b"\r\n", b"\n")
+    for part in cells + [output for cell in cells for output in cell.get("outputs", [])]:
+        part.pop("execution_count", None)
+    return cells
+
+
 def reset(root=ROOT):
     """Bring back the numbered notebooks of the last commit, keeping changed ones as my_*.ipynb.
 
@@ -345,8 +361,7 @@ def reset(root=ROOT):
     for path in (folder / name for name in names):
         original = git(root, "show", f"HEAD:./notebooks/{path.name}")
         if path.exists():
-            # git may have given the file Windows' line ends
-            if path.read_bytes().replace(b"\r\n", b"\n") == original.replace(b"\r\n", b"\n"):
+            if content(path.read_bytes()) == content(original):
                 continue
             print(f"{path.name} is as it came again; yours is {keep(path).name}")
         else:
