@@ -10,7 +10,7 @@ from chapter13.errors import max_abs_error, mse
 from chapter13.explorers.absmax import DRAWN, explore_absmax, prepare, view
 from chapter13.integer import quantize_absmax
 
-OUTLIERS = [10 ** (step / 10) for step in range(31)]  # every position of the slider
+OUTLIERS = [2 ** (step / 4) for step in range(41)]  # every position of the slider
 
 
 def normal(*shape, seed=0):
@@ -108,7 +108,7 @@ def test_readout_says_the_numbers():
     shown = view(layer, 4, 10)
     numbers = dict(re.split(r"  +", line) for line in shown.readout.splitlines())
     assert numbers == {
-        "largest weight": f"{shown.largest:.3g}",
+        "largest weight": f"{float(f'{shown.largest:.3g}'):,g}",
         "scale, the step of the grid": f"{shown.scale:.3g}",
         "levels in use": f"{len(shown.levels)} of 16",
         "weights that become 0": f"{shown.zeros:.1%}",

@@ -56,6 +56,8 @@ def positions(control):
         return [False, True]
     if isinstance(control, widgets.FloatLogSlider):
         return [control.base ** float(x) for x in np.linspace(control.min, control.max, 7)]
+    if isinstance(control, widgets.FloatText):
+        return [0.15625, -0.1, 0.0, 70_000.0, -1e-8, 3.4e38, -1e300]
     steps = round((control.max - control.min) / control.step)
     kind = type(control.value)
     places = range(steps + 1) if steps <= 20 else np.linspace(0, steps, 7).round().astype(int)

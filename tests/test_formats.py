@@ -76,6 +76,17 @@ def test_no_number_is_explained(value):
         formats.number(value)
 
 
+def test_numbers_beyond_the_formats_are_told():
+    """Whoever types them sees where each format ends."""
+    panel = formats.explore_number()
+    panel.set(value=1e39)
+    assert [stored.loss[:8] for stored in panel.view.stored] == ["overflow"] * 3
+    panel.set(value=3.39e38)
+    assert [math.isinf(stored.value) for stored in panel.view.stored] == [False, True, False]
+    assert "must be finite" in panel.set(value=1e308, power=20)
+    panel.close()
+
+
 def test_the_picture_shows_the_bits():
     figure = pictures.BitsFigure()
     for value in (0.1, 1e-8, 70_000.0):

@@ -200,6 +200,8 @@ def positions(control):
     elif hasattr(control, "min"):
         span = control.max - control.min
         values = [type(control.value)(control.min + i * span / 6) for i in range(7)]
+    elif isinstance(control.value, float):  # typed
+        values = [0.1, -1.5, 70_000.0, 1e-8, 3.4e38]
     else:
         values = [False, True]
     values = [value for value in values if value != control.value]

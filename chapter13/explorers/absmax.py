@@ -146,7 +146,7 @@ def view(layer: Layer, bits: int, outlier: float) -> View:
     drawn = torch.cat([others[:: len(others) // DRAWN + 1], largest])
     errors = (drawn - quantize_absmax(drawn, bits).dequantize()).numpy()
     readout = lines(
-        ("largest weight", f"{largest.item():.3g}"),
+        ("largest weight", f"{float(f'{largest.item():.3g}'):,g}"),
         ("scale, the step of the grid", f"{scale.item():.3g}"),
         ("levels in use", f"{used.sum()} of {2**bits}"),
         ("weights that become 0", f"{zeros:.1%}"),
@@ -189,8 +189,14 @@ def explore_absmax(weight=None):
     controls = {
         "bits": widgets.IntSlider(8, 2, 8, description="bits"),
         "outlier": widgets.FloatLogSlider(
-            1, min=0, max=3, step=0.1, description="outlier: largest weight ×", readout_format=".3g"
-        ),
+            1,
+            base=2,
+            min=0,
+            max=10,
+            step=0.25,
+            description="outlier: largest weight ×",
+            readout_format=".4r",
+        ),  # fmt: skip
     }
     if isinstance(weight, torch.Tensor):
         return Explorer(controls, partial(view, prepare(weight)), AbsmaxFigure())

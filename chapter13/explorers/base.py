@@ -208,7 +208,7 @@ class Explorer(widgets.VBox):
             self._picture.tooltip = alt
         self._text.value = (
             '<pre style="font-size: 15px; line-height: 1.45; margin: 4px 0; '
-            f'white-space: pre-wrap">{html.escape(readout)}</pre>'
+            f'white-space: pre-wrap; word-break: normal">{html.escape(readout)}</pre>'
         )
 
     def _repr_mimebundle_(self, **kwargs):

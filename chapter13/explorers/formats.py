@@ -49,11 +49,11 @@ class NumberView:
 def number(value: float, power: int = 0) -> NumberView:
     """value * 2**power in the three floating-point formats.
 
-    Raises ValueError for NaN and infinity.
+    Raises ValueError for NaN and infinity, also where the product is one.
     """
+    value *= 2.0**power
     if not math.isfinite(value):
         raise ValueError(f"the number must be finite, not {value}")
-    value *= 2.0**power
     stored = []
     for name, dtype in FLOATS.items():
         held = torch.tensor(value, dtype=torch.float64).to(dtype)
@@ -86,9 +86,7 @@ def explore_number():
     """A panel: a number that is typed, times a power of two, and its bits in fp32, fp16, bf16."""
     controls = {
         # no slider: in the browser one would round the number to its own steps
-        "value": widgets.BoundedFloatText(
-            0.15625, min=-1e6, max=1e6, step=0.01, description="number"
-        ),
+        "value": widgets.FloatText(0.15625, step=0.01, description="number"),
         "power": widgets.IntSlider(0, -30, 20, description="times 2 to the power"),
     }
     return Explorer(controls, number, BitsFigure())
@@ -145,7 +143,9 @@ def memory(
         ("KV cache", f"{_gb(sizes['KV cache'])} for {batch} x {context:,} tokens"),
         ("total", f"{total:.3g} GB = {total * 1e9 / 2**30:.3g} GiB"),
     )  # fmt: skip
-    cards = textwrap.fill("fits: " + ("; ".join(holds) or "none of these cards alone"), width=88)
+    # lines break between cards, not inside a name: a space that does not break stands in
+    named = "; ".join(card.replace(" ", "\xa0") for card in holds) or "none of these cards alone"
+    cards = textwrap.fill(f"fits: {named}", width=88).replace("\xa0", " ")
     return MemoryView(
         gigabytes=gigabytes,
         total=total,

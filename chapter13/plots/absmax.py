@@ -82,7 +82,9 @@ class AbsmaxFigure(LiveFigure):
         """Words at the side where the outlier lies, outside the picture; none for None."""
         if outlier is None:
             self._outlier.set_text("")
-        elif outlier > 0:
-            self._outlier.set(text=f"the outlier: {outlier:.3g} →", x=0.995, ha="right")
+            return
+        number = f"{float(f'{outlier:.3g}'):,g}"  # 2,190 rather than 2.19e+03
+        if outlier > 0:
+            self._outlier.set(text=f"the outlier: {number} →", x=0.995, ha="right")
         else:
-            self._outlier.set(text=f"← the outlier: {outlier:.3g}", x=0.005, ha="left")
+            self._outlier.set(text=f"← the outlier: {number}", x=0.005, ha="left")
