@@ -17,7 +17,7 @@ like `torch.nn.Linear.weight`.
 
 import torch
 
-from chapter13.packing import pack
+from chapter13.packing import check_bits, pack
 from chapter13.tensors import (
     QuantizedTensor,
     check_finite,
@@ -90,7 +90,7 @@ def quantize_absmax(
     `quantize_per_channel`, and ValueError for bits out of range, a group size that does not divide
     in_features, or a scale that `scale_dtype` cannot hold.
     """
-    _check_bits(bits)
+    check_bits(bits)
     weight = check_weight(weight)
     scale, codes = _absmax(weight, group_size, 2 ** (bits - 1) - 1, scale_dtype)
     return QuantizedTensor(
@@ -115,7 +115,7 @@ def quantize_affine(
     adds up to (2**bits - 1) / 2048 of a step. Raises as `quantize_absmax`, and ValueError for
     weights so large that the grid would end beyond float32.
     """
-    _check_bits(bits)
+    check_bits(bits)
     weight = check_weight(weight)
     groups = grouped(weight, group_size)
     levels = 2**bits - 1
@@ -173,8 +173,3 @@ def _divisor(scale: torch.Tensor) -> torch.Tensor:
     """The scales in float32, with 1 for those of all-zero groups: 0 / 1 is 0, 0 / 0 is not."""
     scale = scale.float()
     return torch.where(scale == 0, 1.0, scale)
-
-
-def _check_bits(bits: int) -> None:
-    if isinstance(bits, bool) or bits not in range(2, 9):
-        raise ValueError(f"bits must be a whole number from 2 to 8, not {bits!r}")

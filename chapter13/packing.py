@@ -33,7 +33,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     are, without a copy. Raises ValueError if `bits` is not 2 to 8 or a code does
     not fit, TypeError if the codes are not uint8.
     """
-    _check_bits(bits)
+    check_bits(bits)
     if codes.dtype != torch.uint8:
         raise TypeError(f"packing needs uint8 codes, not {codes.dtype}")
     codes = codes.reshape(-1)
@@ -66,7 +66,7 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
 
     Raises ValueError if `bits` is not 2 to 8 or the stream has another length than `count` codes.
     """
-    _check_bits(bits)
+    check_bits(bits)
     packed = packed.reshape(-1)
     if packed.numel() != packed_size(count, bits):
         raise ValueError(
@@ -123,6 +123,7 @@ def _split(words: torch.Tensor, bits: int, lane: int) -> torch.Tensor:
     return words.view(torch.uint8)
 
 
-def _check_bits(bits: int) -> None:
-    if bits not in range(2, 9):
+def check_bits(bits: int) -> None:
+    """Raises ValueError if a number of bits is not one that codes can have."""
+    if isinstance(bits, bool) or bits not in range(2, 9):
         raise ValueError(f"bits must be a whole number from 2 to 8, not {bits!r}")

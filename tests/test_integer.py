@@ -195,7 +195,7 @@ def test_group_size_that_does_not_fit(call):
 
 @pytest.mark.parametrize("quantize", QUANTIZERS)
 def test_bits_and_scale_dtype_out_of_range(quantize):
-    for bits in (1, 9, 0, -8, 4.5, "8", True):
+    for bits in (1, 9, 0, -8, 4.5, "8", True, None):
         with pytest.raises(ValueError, match="whole number from 2 to 8, not"):
             quantize(torch.ones(2, 4), bits)
     for dtype in (torch.float64, torch.bfloat16, torch.int8):
@@ -386,6 +386,18 @@ def test_smallest_float16_scale_that_holds():
     with pytest.raises(ValueError, match="cannot be held in float16"):
         quantize_absmax(torch.full((1, 4), 127 * 1.4 * 2.0**-24), 8)
     assert quantize_absmax(torch.full((1, 4), 1.4 * 2.0**-24), 2).codes().tolist() == [[1] * 4]
+
+
+@pytest.mark.parametrize("bits", range(3, 9))
+def test_absmax_scale_that_just_holds(bits):
+    steps, smallest = 2 ** (bits - 1) - 1, 2.0**-24
+    # half a step beyond the grid: a tie, which would be rounded to a code that is not there
+    largest = (steps + 0.5) * smallest
+    quantized = quantize_absmax(torch.tensor([[largest, -largest, smallest]]), bits)
+    assert quantized.scale.item() == smallest
+    assert quantized.codes().tolist() == [[steps, -steps, 1]]
+    with pytest.raises(ValueError, match="^1 of 1 scales, the first .*, cannot be held in float16"):
+        quantize_absmax(torch.tensor([[largest * (1 + 2.0**-22)]]), bits)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
