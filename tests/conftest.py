@@ -5,9 +5,12 @@ import os
 import hypothesis
 import pytest
 
-# `make mutants` runs the properties a thousand times: fewer examples each
-hypothesis.settings.register_profile("mutants", max_examples=25)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+# no deadline: a busy machine is no bug. In CI the same examples each time, so that a failure is
+# the change's; at home new ones, so that the properties get around.
+hypothesis.settings.register_profile("course", deadline=None, derandomize="CI" in os.environ)
+# `make mutants` runs the properties a thousand times
+hypothesis.settings.register_profile("mutants", deadline=None, max_examples=25)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "course"))
 
 
 @pytest.fixture(scope="session")
