@@ -7,7 +7,7 @@ when a layer is chosen, and kept.
 
 import math
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import ipywidgets as widgets
 import numpy as np
@@ -191,10 +191,16 @@ def explore_granularity(weight=None):
         model = linear_weights()
         weight = {name: model[name] for name in LAYERS}
     weights = dict(weight)
-    prepared = cache(lambda name: prepare(weights[name]))
-    layer = widgets.Dropdown(options=list(weights), description="layer")
+    prepared = {}
+    choice = widgets.Dropdown(options=list(weights), description="layer")
 
     def compute(layer, **settings):
-        return view(prepared(layer), **settings)
+        if layer not in prepared:
+            choice.description = "layer (measuring its curves …)"  # the browser shows it at once
+            try:
+                prepared[layer] = prepare(weights[layer])
+            finally:
+                choice.description = "layer"
+        return view(prepared[layer], **settings)
 
-    return Explorer({"layer": layer, **controls}, compute, GranularityFigure())
+    return Explorer({"layer": choice, **controls}, compute, GranularityFigure())
