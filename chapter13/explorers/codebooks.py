@@ -248,7 +248,13 @@ def explore_codebooks(weight=None):
         ),
         "double_quant": widgets.Checkbox(False, description="double quantization"),
         "outlier": widgets.FloatLogSlider(
-            1, min=0, max=3, step=0.1, description="outlier: largest weight ×", readout_format=".3g"
+            1,
+            base=2,
+            min=0,
+            max=10,
+            step=0.25,
+            description="outlier: largest weight ×",
+            readout_format=".4r",
         ),
     }
     if isinstance(weight, torch.Tensor):

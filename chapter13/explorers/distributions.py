@@ -236,7 +236,13 @@ def explore_distributions(weight: torch.Tensor | None = None) -> Explorer:
             options=GROUP_SIZES, value="tensor", description="group size"
         ),
         "outlier": widgets.FloatLogSlider(
-            1, min=0, max=3, step=0.1, description="outlier: largest weight ×", readout_format=".3g"
+            1,
+            base=2,
+            min=0,
+            max=10,
+            step=0.25,
+            description="outlier: largest weight ×",
+            readout_format=".4r",
         ),
     }
     if weight is not None:
