@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from chapter13.errors import max_abs_error
-from chapter13.explorers.base import Explorer, lines
+from chapter13.explorers.base import Explorer, lines, outlier_slider
 from chapter13.integer import quantize_absmax
 from chapter13.models import linear_weights
 from chapter13.packing import packed_size
@@ -188,15 +188,7 @@ def explore_absmax(weight=None):
     """
     controls = {
         "bits": widgets.IntSlider(8, 2, 8, description="bits"),
-        "outlier": widgets.FloatLogSlider(
-            1,
-            base=2,
-            min=0,
-            max=10,
-            step=0.25,
-            description="outlier: largest weight ×",
-            readout_format=".4r",
-        ),  # fmt: skip
+        "outlier": outlier_slider(),
     }
     if isinstance(weight, torch.Tensor):
         return Explorer(controls, partial(view, prepare(weight)), AbsmaxFigure())

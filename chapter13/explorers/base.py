@@ -76,6 +76,23 @@ class WordedImage(widgets.Image):
     description = Unicode("").tag(sync=True)
 
 
+def outlier_slider():
+    """The control that makes the largest weight up to 1024 times larger, 4 steps to a doubling.
+
+    In powers of two: the browser rounds a logarithmic slider's value to its steps and sends it
+    back, and powers of two come back as they were.
+    """
+    return widgets.FloatLogSlider(
+        1,
+        base=2,
+        min=0,
+        max=10,
+        step=0.25,
+        description="outlier: largest weight ×",
+        readout_format=".4r",
+    )
+
+
 class Explorer(widgets.VBox):
     """A panel that shows what `compute(**settings)` returns, at each move of a control.
 

@@ -14,7 +14,7 @@ import torch
 
 from chapter13.codebook import quantize_codebook
 from chapter13.errors import mse
-from chapter13.explorers.base import Explorer, lines
+from chapter13.explorers.base import Explorer, lines, outlier_slider
 from chapter13.integer import quantize_absmax, quantize_affine
 from chapter13.models import linear_weights
 from chapter13.plots.codebooks import CodeBookFigure
@@ -247,15 +247,7 @@ def explore_codebooks(weight=None):
             options=GROUP_SIZES, value=64, description="weights that share a scale"
         ),
         "double_quant": widgets.Checkbox(False, description="double quantization"),
-        "outlier": widgets.FloatLogSlider(
-            1,
-            base=2,
-            min=0,
-            max=10,
-            step=0.25,
-            description="outlier: largest weight ×",
-            readout_format=".4r",
-        ),
+        "outlier": outlier_slider(),
     }
     if isinstance(weight, torch.Tensor):
         return Explorer(controls, partial(view, prepare(weight)), CodeBookFigure())

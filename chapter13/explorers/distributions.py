@@ -12,7 +12,7 @@ import torch
 
 from chapter13.codebook import quantize_codebook
 from chapter13.errors import max_abs_error, mse
-from chapter13.explorers.base import Explorer, lines
+from chapter13.explorers.base import Explorer, lines, outlier_slider
 from chapter13.explorers.codebooks import METHODS as LABELS
 from chapter13.explorers.codebooks import integer_grid
 from chapter13.integer import quantize_absmax
@@ -235,15 +235,7 @@ def explore_distributions(weight: torch.Tensor | None = None) -> Explorer:
         "group_size": widgets.SelectionSlider(
             options=GROUP_SIZES, value="tensor", description="group size"
         ),
-        "outlier": widgets.FloatLogSlider(
-            1,
-            base=2,
-            min=0,
-            max=10,
-            step=0.25,
-            description="outlier: largest weight ×",
-            readout_format=".4r",
-        ),
+        "outlier": outlier_slider(),
     }
     if weight is not None:
         return Explorer(controls, partial(view, prepare(weight)), DistributionsFigure())
