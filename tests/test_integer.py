@@ -20,7 +20,7 @@ from chapter13 import (
     quantize_int4_absmax,
     quantize_per_channel,
 )
-from chapter13.tensors import PIECE
+from chapter13.tensors import PIECE, pieces
 
 U = 2.0**-24
 QUANTIZERS = [quantize_absmax, quantize_affine]
@@ -345,6 +345,17 @@ def test_pieces_do_not_show(quantize, shape):
         if group_size:
             rows = [quantize(weight[i : i + 1], 8, group_size).codes() for i in range(shape[0])]
             assert torch.equal(whole.codes(), torch.cat(rows))
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (7, 3), (3, PIECE + 5), (PIECE + 5, 1), (1000, 777), (2, 0)]
+)
+def test_pieces_are_small_and_cover_each_element_once(shape):
+    visits = torch.zeros(shape, dtype=torch.uint8)
+    for rows, columns in pieces(*shape):
+        assert 0 < visits[rows, columns].numel() <= PIECE
+        visits[rows, columns] += 1
+    assert (visits == 1).all()
 
 
 def test_the_input_is_left_alone():
