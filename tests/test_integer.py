@@ -143,6 +143,16 @@ def test_nan_and_inf(function, dtype):
 
 
 @pytest.mark.parametrize("function", CHAPTER + QUANTIZERS)
+def test_a_float64_beyond_float32_is_reported(function):
+    weight = torch.ones(2, 64, dtype=torch.float64)
+    weight[0, 1] = 1e300
+    with pytest.raises(
+        ValueError, match=r"^the weight holds 1 NaN or Inf among 128 .* at \[0, 1\]$"
+    ):
+        function(weight)
+
+
+@pytest.mark.parametrize("function", CHAPTER + QUANTIZERS)
 def test_what_is_no_weight(function):
     with pytest.raises(TypeError, match="must be floating point, not torch.int8: cast it first"):
         function(torch.ones(2, 64, dtype=torch.int8))
