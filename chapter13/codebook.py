@@ -154,7 +154,7 @@ def _quantize_scales(absmax: torch.Tensor) -> tuple[QuantizedTensor, torch.Tenso
     """Double quantization: the absmax values less their mean, in 8 bits, and that mean.
 
     bitsandbytes' CPU code first rounds absmax / scale to one of 65536 equal steps from -1 to 1,
-    then takes the nearest code. Without that rounding one code in a thousand would differ.
+    then takes the nearest code. Without that rounding some codes next to a midpoint would differ.
     """
     code_book = dynamic_code_book().to(absmax.device)
     offset = absmax.mean()

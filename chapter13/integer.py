@@ -136,7 +136,7 @@ def quantize_affine(
     for rows, columns in pieces(*groups.shape):
         piece = torch.div(groups[rows, columns], divisor[rows]).round_()
         piece.add_(zero_point[rows]).clamp_(0, levels)
-        codes[rows, columns] = piece.to(torch.int16)  # float to uint8 directly is 5 times slower
+        codes[rows, columns] = piece.to(torch.int16)  # float to uint8 directly is slow
     return QuantizedTensor(
         packed=pack(codes, bits),
         bits=bits,
