@@ -73,35 +73,65 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The approximate weight, in its shape; computed in float32, then cast to `dtype`."""
-        codes, scale = self.codes(), self.scale.float().view(-1, 1)
-        weight = torch.empty(self.shape, dtype=dtype, device=codes.device)
-        if self.code_book is None:
-            codes, target = (grouped(part, self.group_size) for part in (codes, weight))
-            self._fill(target, codes, scale)
-        else:  # blocks run over the flat weight, and the last one may be short
-            size = self.group_size
-            whole = codes.numel() // size * size
-            codes, target = codes.view(-1), weight.view(-1)
-            self._fill(
-                target[:whole].view(-1, size), codes[:whole].view(-1, size), scale[: whole // size]
-            )
-            self._fill(target[None, whole:], codes[None, whole:], scale[-1:])
-        return weight
+        weight = torch.empty(self.shape.numel(), dtype=dtype, device=self.packed.device)
+        start = 0
+        for values in self._pieces(1):
+            weight[start : start + len(values)] = values
+            start += len(values)
+        return weight.view(self.shape)
 
-    def _fill(self, target, codes, scale):
-        """target = what the codes stand for; all three have a row for each scale."""
-        zero_point, code_book = self.zero_point, self.code_book
-        if code_book is not None:
-            code_book = code_book.to(codes.device)
-        for rows, columns in pieces(*codes.shape):
-            values = codes[rows, columns]
-            if code_book is None:
-                values = values.float()
-            else:
-                values = code_book.index_select(0, values.reshape(-1).int()).view(values.shape)
-            if zero_point is not None:
-                values -= zero_point.view(-1, 1)[rows]
-            target[rows, columns] = values.mul_(scale[rows])
+    def row_pieces(self) -> Iterator[torch.Tensor]:
+        """The approximate weight a few rows at a time: float32 (rows, in_features), top to bottom.
+
+        For a multiplication that needs each row but once, in the cache, and never the whole matrix.
+        """
+        for values in self._pieces(self.shape[-1]):
+            yield values.view(-1, self.shape[-1])
+
+    def _pieces(self, unit: int) -> Iterator[torch.Tensor]:
+        """The flat approximate weight in pieces of PIECE or so, each a multiple of `unit` long.
+
+        A piece also begins with a byte of its own and with a scale of its own; the last piece
+        may be shorter.
+        """
+        count = self.shape.numel()
+        scale, zero_point = self.scale.float().view(-1), self.zero_point
+        size = self.group_size if isinstance(self.group_size, int) else count // len(scale)
+        step = math.lcm(8, unit, size if len(scale) > 1 else 1)
+        step *= max(1, PIECE // step)
+        table = self._code_values().to(scale.device)
+        for start in range(0, count, step):
+            values = self._values(table, start, min(start + step, count))
+            # a row for each scale; what is over is one row more: a code book's short last block,
+            # or a piece of a tensor that has but one scale
+            whole = len(values) // size * size
+            for rows in (values[:whole].view(-1, size), values[None, whole:]):
+                if rows.numel():
+                    first = (start + (rows.data_ptr() - values.data_ptr()) // 4) // size
+                    which = slice(first, first + len(rows))
+                    if zero_point is not None:
+                        rows -= zero_point.view(-1, 1)[which]
+                    rows *= scale[which, None]
+            yield values
+
+    def _code_values(self) -> torch.Tensor:
+        """What each code stands for before scale and zero point, float32 (2**bits,)."""
+        if self.code_book is not None:
+            return self.code_book
+        codes = torch.arange(2**self.bits, dtype=torch.uint8)
+        return (
+            codes if self.packed_zero_point is not None else sign_extend(codes, self.bits)
+        ).float()
+
+    def _values(self, table: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """The table's values of codes `start` to `stop` of the flat weight; start: a whole byte."""
+        packed = self.packed[start * self.bits // 8 : (stop * self.bits + 7) // 8]
+        if self.bits != 4:
+            return table.index_select(0, unpack(packed, self.bits, stop - start).int())
+        # both values of a byte at once, as one number of twice the width: half the look-ups
+        pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=1)
+        pairs = pairs.view(torch.float64).view(-1).index_select(0, packed.int())
+        return pairs.view(torch.float32)[: stop - start]
 
     @property
     def nbytes(self) -> int:

@@ -16,6 +16,8 @@ from chapter13.packing import unpack
 
 functional = pytest.importorskip("bitsandbytes.functional", reason="parity needs bitsandbytes")
 
+from bitsandbytes.backends.default.ops import _dequantize_4bit_compute  # noqa: E402
+
 BLOCK_SIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
 
 
@@ -35,6 +37,25 @@ def same_bits(a, b):
     """
     integers = {4: torch.int32, 2: torch.int16}[a.element_size()]
     return a.dtype == b.dtype and torch.equal(a.view(integers), b.view(integers))
+
+
+def dequantized(packed, state):
+    """bitsandbytes' dequantized weight.
+
+    Its code for AVX-512 (0.50.2) begins a new absmax with every row, and so is wrong where rows are
+    not whole blocks: a (6, 96) weight in blocks of 64 comes back with 24% error instead of 9%.
+    There its own generic code is asked.
+    """
+    weight = functional.dequantize_4bit(packed, state).view(state.shape)
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not state.shape[-1] % state.blocksize:
+        return weight
+    absmax = state.absmax
+    if state.nested:
+        absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
+    code = functional.get_4bit_type(state.quant_type, device="cpu")
+    return _dequantize_4bit_compute(
+        packed.reshape(-1), absmax, code, state.blocksize, state.shape, state.dtype
+    ).view(state.shape)
 
 
 def random(shape):
@@ -102,8 +123,7 @@ def test_same_bytes_as_bitsandbytes(kind, block_size, make):
         ours = quantize_codebook(weight, kind, block_size)
         assert torch.equal(ours.packed, packed.view(-1))
         assert same_bits(ours.scale, state.absmax)
-        expected = functional.dequantize_4bit(packed, state).view(shape)
-        assert torch.equal(ours.dequantize(weight.dtype), expected)
+        assert torch.equal(ours.dequantize(weight.dtype), dequantized(packed, state))
 
         packed, state = functional.quantize_4bit(
             weight, blocksize=block_size, quant_type=kind, compress_statistics=True
@@ -113,8 +133,7 @@ def test_same_bytes_as_bitsandbytes(kind, block_size, make):
         assert torch.equal(ours.stored_scale.packed, state.absmax.view(-1))
         assert same_bits(ours.stored_scale.scale, state.state2.absmax)
         assert same_bits(ours.scale_offset, state.offset)
-        expected = functional.dequantize_4bit(packed, state).view(shape)
-        assert torch.equal(ours.dequantize(weight.dtype), expected)
+        assert torch.equal(ours.dequantize(weight.dtype), dequantized(packed, state))
 
 
 def test_scales_are_quantized_as_by_bitsandbytes():
