@@ -1,7 +1,7 @@
 """Companion package of the course on post-training quantization of language models.
 
 The six functions of the book's chapter, and the general ones that the notebooks build on. Reading
-order: packing, tensors, integer, codebook, errors.
+order: packing, tensors, integer, codebook, layers, errors, linear, quantize, evaluate.
 """
 
 from chapter13.codebook import quantize_codebook
@@ -15,6 +15,7 @@ from chapter13.integer import (
     quantize_int4_absmax,
     quantize_per_channel,
 )
+from chapter13.quantize import quantize_model
 from chapter13.tensors import QuantizedTensor
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "quantize_codebook",
     "quantize_groupwise",
     "quantize_int4_absmax",
+    "quantize_model",
     "quantize_per_channel",
 ]

@@ -9,6 +9,8 @@ import math
 import torch
 from torch.linalg import vector_norm
 
+from chapter13.layers import is_conv1d
+
 
 def mse(reference: torch.Tensor, approximation: torch.Tensor) -> float:
     """Mean squared error, in the square of the tensors' unit."""
@@ -53,9 +55,40 @@ def model_size_mb(model: torch.nn.Module) -> float:
     layers (which `parameters()` does not show), scales. Memory that two names share (tied
     embeddings) counts once.
     """
+    return sum(memory_breakdown(model).values()) / 1e6
+
+
+def memory_breakdown(model: torch.nn.Module) -> dict[str, int]:
+    """The bytes of a model's weights by part; together they are `model_size_mb`.
+
+    "linears": weights or codes of the linear layers, of whichever library; "scales": what these
+    hold beside: scales, zero points, code books; "embeddings": embeddings and output head; "rest":
+    norms, biases, other buffers.
+    """
+    modules = dict(model.named_modules())
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    breakdown = dict.fromkeys(("linears", "scales", "embeddings", "rest"), 0)
+    linears: dict[str, list[int]] = {}
     seen: dict[tuple, int] = {}
-    _collect(model.state_dict(), seen)
-    return sum(seen.values()) / 1e6
+    for key, value in model.state_dict().items():
+        before = set(seen)
+        _collect(value, seen)
+        sizes = [seen[place] for place in seen if place not in before]
+        owner, _, name = key.rpartition(".")
+        while owner not in modules:  # "weight.absmax" is of the layer that has the weight
+            owner, _, name = owner.rpartition(".")
+        module = modules[owner]
+        if isinstance(module, torch.nn.Embedding) or module is head:
+            breakdown["embeddings"] += sum(sizes)
+        elif name != "bias" and ("Linear" in type(module).__name__ or is_conv1d(module)):
+            linears.setdefault(owner, []).extend(sizes)
+        else:
+            breakdown["rest"] += sum(sizes)
+    for sizes in linears.values():
+        weight = max(sizes, default=0)  # the weight is the largest tensor of its layer
+        breakdown["linears"] += weight
+        breakdown["scales"] += sum(sizes) - weight
+    return breakdown
 
 
 def _collect(value, seen: dict[tuple, int]) -> None:

@@ -1,0 +1,236 @@
+"""Perplexity and KL divergence of a language model, with confidence intervals.
+
+Tokens are int64 (sequences, length). Every token but the first of each sequence is scored, given
+all tokens before it in the sequence. Losses are in nats per token (natural logarithm):
+
+    perplexity = exp(mean of -log p(token))
+    KL = mean over positions of sum over the vocabulary of p (log p - log q)
+
+with p of the full-precision model and q of the quantized one. KL also sees what perplexity
+misses: probability that moves between tokens which did not come.
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+RESAMPLES = 2000  # of the bootstrap
+SEED = 13
+_STEPS = 65535  # levels of a cached log-probability
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean over sequences with its 95% interval; `format(score, ".2f")` formats the value."""
+
+    losses: torch.Tensor
+    """float64 (sequences,): the mean over the scored tokens of each sequence, in nats."""
+    exponential: bool = False
+    """Whether the value is exp(mean), as a perplexity is."""
+
+    @property
+    def value(self) -> float:
+        mean = self.losses.mean().item()
+        return math.exp(mean) if self.exponential else mean
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Where 95% of bootstrap means lie (Efron 1979): sequences are drawn with replacement.
+
+        Says how far the value may move with other texts of the same kind. Sequences are drawn
+        whole, because the tokens of one are not independent. (nan, nan) for a single sequence.
+        """
+        low, high = _bootstrap(self.losses)
+        return (math.exp(low), math.exp(high)) if self.exponential else (low, high)
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec)
+
+    def __repr__(self) -> str:
+        low, high = self.interval
+        return f"{self.value:.4g} (95%: {low:.4g} to {high:.4g}, {len(self.losses)} sequences)"
+
+
+def difference(first: Score, second: Score) -> Score:
+    """first - second in nats, paired: sequence by sequence, on the same tokens.
+
+    Both lose on a hard text, so the difference has a far narrower interval than either; two
+    methods differ where the interval leaves out 0. Raises ValueError for scores of unlike length.
+    """
+    if len(first.losses) != len(second.losses):
+        raise ValueError(f"{len(first.losses)} and {len(second.losses)} sequences are no pairs")
+    return Score(first.losses - second.losses)
+
+
+def perplexity(
+    model: nn.Module, tokens: torch.Tensor, batch_size: int = 2, progress: bool = True
+) -> Score:
+    """exp of the mean loss per token. `model`: a causal language model as transformers makes them.
+
+    Raises TypeError or ValueError for tokens of another data type or shape, or beyond the
+    vocabulary, and ValueError when the model's logits are not finite.
+    """
+    losses = []
+    for batch, logits in _logits(model, tokens, batch_size, progress, "perplexity"):
+        with torch.inference_mode():
+            each = [
+                nn.functional.cross_entropy(logit, ids[1:].to(logit.device), reduction="none")
+                for logit, ids in zip(logits, batch, strict=True)
+            ]
+        losses += [loss.double().mean().item() for loss in each]
+    return _score(losses, exponential=True)
+
+
+def kl_divergence(
+    model: nn.Module,
+    reference: nn.Module | Path | str,
+    tokens: torch.Tensor,
+    batch_size: int = 2,
+    progress: bool = True,
+) -> Score:
+    """KL(reference || model) in nats per token; 0 when both predict the same.
+
+    `reference`: the full-precision model, or the file that `cache_logits` wrote for these very
+    tokens. Raises as `perplexity`, and ValueError for a cache of other tokens.
+    """
+    if isinstance(reference, nn.Module):
+        log_p = (
+            torch.log_softmax(logit, -1)
+            for _, logits in _logits(reference, tokens, batch_size, False, "")
+            for logit in logits
+        )
+    else:
+        log_p = _cached(Path(reference), tokens)
+    losses = []
+    for _, logits in _logits(model, tokens, batch_size, progress, "KL"):
+        for logit in logits:
+            losses.append(_kl(next(log_p).to(logit.device), logit))
+    return _score(losses)
+
+
+def cache_logits(
+    model: nn.Module,
+    tokens: torch.Tensor,
+    path: Path | str,
+    batch_size: int = 2,
+    progress: bool = True,
+) -> Path:
+    """Writes what `kl_divergence` needs of a reference model to a file, 2 bytes a logit.
+
+    Each position's log-probabilities are kept on 65536 levels between their smallest and largest,
+    in the manner of llama.cpp's perplexity tool. The file appears at once or not at all.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            for _, logits in _logits(model, tokens, batch_size, progress, "reference"):
+                for logit in logits:
+                    log_p = torch.log_softmax(logit.cpu(), -1)
+                    if not file.tell():
+                        header = np.array([*_digest(tokens), log_p.shape[-1]], dtype="<i8")
+                        file.write(header.tobytes())
+                    low, high = log_p.aminmax(dim=-1, keepdim=True)
+                    scale = (high - low) / _STEPS
+                    levels = ((log_p - low) / scale).round_().nan_to_num_(0)
+                    file.write(torch.cat([low, scale], -1).numpy().astype("<f4").tobytes())
+                    file.write(levels.numpy().astype("<u2").tobytes())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def _cached(path: Path, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The log-probabilities of each sequence, from the mapped file: float32 (length - 1, vocab)."""
+    sequences, positions = tokens.shape[0], tokens.shape[1] - 1
+    size = path.stat().st_size
+    header = np.fromfile(path, dtype="<i8", count=5)
+    if size < 40 or tuple(header[:4]) != _digest(tokens):
+        raise ValueError(f"{path} holds no logits of these tokens: make it anew with cache_logits")
+    vocabulary = int(header[4])
+    if size != 40 + sequences * positions * (8 + 2 * vocabulary):
+        raise ValueError(f"{path} is damaged, it has {size} bytes: make it anew with cache_logits")
+    raw = np.memmap(path, dtype=np.uint8, mode="r", offset=40)
+    step = positions * (8 + 2 * vocabulary)
+    for start in range(0, sequences * step, step):
+        ends = raw[start : start + 8 * positions].view("<f4").reshape(positions, 2)
+        levels = raw[start + 8 * positions : start + step].view("<u2").reshape(positions, -1)
+        low, scale = torch.from_numpy(ends.astype(np.float32)).split(1, dim=1)
+        log_p = torch.from_numpy(levels.astype(np.float32)).mul_(scale).add_(low)
+        yield log_p.sub_(log_p.logsumexp(-1, keepdim=True))  # the levels are off by half a step
+
+
+def _digest(tokens: torch.Tensor) -> tuple[int, ...]:
+    """Four numbers that tell these tokens from all others."""
+    content = hashlib.sha256(repr(tokens.shape).encode() + tokens.cpu().numpy().tobytes())
+    return tuple(np.frombuffer(content.digest(), dtype="<i8").tolist())
+
+
+def _kl(log_p: torch.Tensor, logit: torch.Tensor) -> float:
+    if log_p.shape != logit.shape:
+        raise ValueError(
+            f"the reference has a vocabulary of {log_p.shape[-1]}, the model of {logit.shape[-1]}"
+        )
+    log_q = torch.log_softmax(logit, -1)
+    total = nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True).double()
+    # in float32 neither sums to 1 exactly, which alone would make some 1e-5 of KL
+    total += log_q.exp().sum(dtype=torch.float64) - log_p.exp().sum(dtype=torch.float64)
+    return total.item() / len(logit)
+
+
+def _logits(model, tokens, batch_size, progress, description):
+    """(tokens of the batch, float32 logits (batch, length - 1, vocab) of what predicts them)."""
+    if not isinstance(tokens, torch.Tensor) or tokens.is_floating_point():
+        raise TypeError("tokens must be an integer torch.Tensor")
+    if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        raise ValueError(
+            f"tokens must have shape (sequences, length), length 2 at least, "
+            f"not {tuple(tokens.shape)}"
+        )
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if tokens.min() < 0 or tokens.max() >= vocabulary:
+        raise ValueError(f"tokens reach {int(tokens.max())}, the model knows 0 to {vocabulary - 1}")
+    from tqdm.auto import tqdm
+
+    device = model.get_input_embeddings().weight.device
+    training = model.training
+    model.eval()
+    try:
+        bar = tqdm(total=len(tokens), desc=description, unit=" seq", disable=not progress)
+        with bar:
+            for batch in tokens.split(batch_size):
+                with torch.inference_mode():
+                    logits = model(batch.to(device), use_cache=False).logits[:, :-1].float()
+                if not logits.isfinite().all():
+                    raise ValueError("the model's logits are not finite: it is beyond measuring")
+                yield batch, logits
+                bar.update(len(batch))
+    finally:
+        model.train(training)
+
+
+def _score(losses: list[float], exponential: bool = False) -> Score:
+    return Score(torch.tensor(losses, dtype=torch.float64), exponential)
+
+
+def _bootstrap(losses: torch.Tensor) -> tuple[float, float]:
+    if len(losses) < 2:
+        return math.nan, math.nan
+    # numpy's generator with a seed: the same interval on every machine
+    draws = np.random.Generator(np.random.PCG64(SEED)).integers(
+        len(losses), size=(RESAMPLES, len(losses))
+    )
+    means = losses.numpy()[draws].mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
