@@ -99,7 +99,7 @@ class QuantizedTensor:
         size = self.group_size if isinstance(self.group_size, int) else count // len(scale)
         step = math.lcm(8, unit, size if len(scale) > 1 else 1)
         step *= max(1, PIECE // step)
-        table = self._code_values().to(scale.device)
+        table = self._table()
         for start in range(0, count, step):
             values = self._values(table, start, min(start + step, count))
             # a row for each scale; what is over is one row more: a code book's short last block,
@@ -114,24 +114,29 @@ class QuantizedTensor:
                     rows *= scale[which, None]
             yield values
 
-    def _code_values(self) -> torch.Tensor:
-        """What each code stands for before scale and zero point, float32 (2**bits,)."""
-        if self.code_book is not None:
-            return self.code_book
-        codes = torch.arange(2**self.bits, dtype=torch.uint8)
-        return (
-            codes if self.packed_zero_point is not None else sign_extend(codes, self.bits)
-        ).float()
+    def _table(self) -> torch.Tensor:
+        """What each code stands for before scale and zero point: float32 (2**bits,).
+
+        With 4 bits it is read a byte at a time, which halves the look-ups: (256,) of both values
+        of a byte, side by side in one number of twice the width.
+        """
+        table = self.code_book
+        if table is None:
+            table = torch.arange(2**self.bits, dtype=torch.uint8)
+            if self.packed_zero_point is None:
+                table = sign_extend(table, self.bits)
+            table = table.float()
+        if self.bits == 4:
+            pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=1)
+            table = pairs.view(torch.float64).view(-1)
+        return table.to(self.packed.device)
 
     def _values(self, table: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """The table's values of codes `start` to `stop` of the flat weight; start: a whole byte."""
         packed = self.packed[start * self.bits // 8 : (stop * self.bits + 7) // 8]
-        if self.bits != 4:
-            return table.index_select(0, unpack(packed, self.bits, stop - start).int())
-        # both values of a byte at once, as one number of twice the width: half the look-ups
-        pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=1)
-        pairs = pairs.view(torch.float64).view(-1).index_select(0, packed.int())
-        return pairs.view(torch.float32)[: stop - start]
+        if self.bits == 4:
+            return table.index_select(0, packed.int()).view(torch.float32)[: stop - start]
+        return table.index_select(0, unpack(packed, self.bits, stop - start).int())
 
     @property
     def nbytes(self) -> int:
