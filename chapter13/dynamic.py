@@ -1,0 +1,152 @@
+"""INT8 for activations too, on the fly: dynamic quantization, with a true int8 matrix product.
+
+Weights become int8 once; activations become int8 anew at each call, from the range that they have
+right then. With x = sx (qx - zx) and w = sw qw the product of integers is all that is left to do:
+
+    y = sx sw (qx qw^T - zx * sum of each row of qw) + b
+
+Two schemes, each as its library does it:
+
+- "per_tensor": torch.ao's `quantize_dynamic` on x86. One affine scale for all activations, 7 bits
+  (0..127: older kernels add two products in 16 bits), one symmetric scale for the weight
+- "per_token": torchao's `Int8DynamicActivationInt8WeightConfig`. A symmetric scale for each row of
+  activations (a token) and for each row of the weight (an output channel)
+"""
+
+import torch
+from torch import nn
+
+from chapter13.layers import replace_layers, weight_of
+from chapter13.tensors import check_finite, check_weight
+
+GRANULARITIES = ("per_tensor", "per_token")
+_STEPS = 127.5  # both libraries divide the range from -absmax to absmax into 255 steps
+_SMALLEST_SCALE = 6.0999998822808266e-05  # of torch.ao's activations: 6.1e-5 in float32
+_LARGEST = torch.finfo(torch.float32).max
+_EPS = torch.finfo(torch.float32).eps  # the smallest scale of torchao
+
+
+def quantize_weight_per_tensor(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(int8 codes in the weight's shape, float32 scalar scale = absmax / 127.5), as torch.ao."""
+    weight = check_weight(weight).float()
+    absmax = weight.abs().amax()
+    check_finite(weight, absmax)
+    scale = (absmax / _STEPS).clamp(min=_EPS)
+    return _round(weight * (1 / scale.double()).float()), scale
+
+
+def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A symmetric scale for each row: (int8 codes (rows, features), float32 scales (rows, 1)).
+
+    As torchao quantizes activations, row by row, and weights. Rows of zeros get the smallest
+    scale, float32's eps, as all rows do whose own would be smaller.
+    """
+    x = x.float()
+    scale = (x.abs().amax(-1, keepdim=True) / _STEPS).clamp(min=_EPS)
+    return _round(x * (1.0 / scale)), scale
+
+
+def quantize_per_tensor(x: torch.Tensor) -> tuple[torch.Tensor, float, int]:
+    """One affine scale for all, as torch.ao: (int8 codes 0..127, scale, zero point)."""
+    scale, zero_point = affine_parameters(min(x.min().item(), 0), max(x.max().item(), 0))
+    return quantize_affine_7bit(x, scale, zero_point), scale, zero_point
+
+
+def affine_parameters(low: float, high: float, steps: int = 127) -> tuple[float, int]:
+    """Scale and zero point of the grid 0..steps over [low, high], low <= 0 <= high, as torch.ao.
+
+    The zero point is taken from the end where rounding it costs less. Ranges too small for a
+    scale of 6.1e-5 get that one.
+    """
+    scale = (high - low) / steps
+    if scale == 0 or 1 / scale > _LARGEST:
+        scale = 0.1
+    if scale < _SMALLEST_SCALE:
+        factor, scale = _SMALLEST_SCALE / scale, _SMALLEST_SCALE
+        low, high = low * factor, high * factor
+    from_low, from_high = -low / scale, steps - high / scale
+    nearer_low = -abs(low / scale) < steps - abs(high / scale)
+    zero_point = from_low if nearer_low else from_high
+    return scale, round(min(max(zero_point, 0), steps))
+
+
+def quantize_affine_7bit(x: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
+    """int8 codes 0..127: round(x / scale) + zero point, clipped at both ends."""
+    # torch.ao multiplies by the reciprocal in float32, as processors like it
+    codes = (x.float() * torch.tensor(1 / torch.tensor(scale).item())).round_()
+    return codes.add_(zero_point).clamp_(0, 127).to(torch.int8)
+
+
+def int8_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b^T of int8 matrices (rows, features) and (out, features): int32 (rows, out), exact."""
+    if a.device.type == "cpu":
+        return torch._int_mm(a, b.T)
+    # CUDA's kernel wants more than 16 rows and multiples of 8
+    rows, features = -len(a) % 8 + 24, -a.shape[1] % 8
+    padded_a = nn.functional.pad(a, (0, features, 0, rows))
+    padded_b = nn.functional.pad(b, (0, features, 0, -len(b) % 8))
+    return torch._int_mm(padded_a, padded_b.T.contiguous())[: len(a), : len(b)]
+
+
+class Int8Linear(nn.Module):
+    """y = x W^T + b in integers, the activations' scale taken from each input anew.
+
+    `weight`: floating point (out_features, in_features); `granularity`: "per_tensor" or
+    "per_token", see above. Input (..., in_features) in any floating data type gives output of the
+    same. Codes, scale and bias are buffers. Raises as `quantize_absmax`, and ValueError for another
+    granularity.
+    """
+
+    def __init__(self, weight, bias=None, granularity="per_tensor"):
+        super().__init__()
+        if granularity not in GRANULARITIES:
+            names = ", ".join(GRANULARITIES)
+            raise ValueError(f"granularity must be one of {names}, not {granularity!r}")
+        self.granularity = granularity
+        weight = check_weight(weight)
+        self.out_features, self.in_features = weight.shape
+        if granularity == "per_tensor":
+            codes, scale = quantize_weight_per_tensor(weight)
+        else:
+            check_finite(weight, weight.abs().amax())
+            codes, scale = quantize_per_token(weight)
+            scale = scale.view(1, -1)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, self.in_features)
+        if self.granularity == "per_tensor":
+            codes, scale, zero_point = quantize_per_tensor(flat)
+            product = int8_matmul(codes, self.codes)
+            product = product - zero_point * self.codes.sum(1, dtype=torch.int32)
+        else:
+            codes, scale = quantize_per_token(flat)
+            product = int8_matmul(codes, self.codes)
+        y = product.float() * scale * self.scale
+        if self.bias is not None:
+            y = y + self.bias.float()
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.granularity}"
+
+
+def quantize_dynamic(
+    model: nn.Module, granularity: str = "per_tensor", progress: bool = True
+) -> nn.Module:
+    """Puts an Int8Linear in the place of every linear layer but the head; returns the model.
+
+    Needs no calibration. When anything fails the model is as it was.
+    """
+    return replace_layers(
+        model,
+        lambda _, layer: Int8Linear(weight_of(layer), layer.bias, granularity),
+        progress,
+        f"INT8, dynamic {granularity}",
+    )
+
+
+def _round(scaled: torch.Tensor) -> torch.Tensor:
+    return scaled.round_().clamp_(-128, 127).to(torch.int8)
