@@ -80,12 +80,24 @@ def quantize_affine_7bit(x: torch.Tensor, scale: float, zero_point: int) -> torc
 def int8_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a b^T of int8 matrices (rows, features) and (out, features): int32 (rows, out), exact."""
     if a.device.type == "cpu":
-        return torch._int_mm(a, b.T)
+        if has_fast_int8():
+            return torch._int_mm(a, b.T)
+        # 1024 products of 128 * 128 at most add up to 2**24: float32 holds every such sum
+        parts = zip(a.split(1024, dim=1), b.split(1024, dim=1), strict=True)
+        return sum((x.float() @ y.float().T).int() for x, y in parts)
     # CUDA's kernel wants more than 16 rows and multiples of 8
     rows, features = -len(a) % 8 + 24, -a.shape[1] % 8
     padded_a = nn.functional.pad(a, (0, features, 0, rows))
     padded_b = nn.functional.pad(b, (0, features, 0, -len(b) % 8))
     return torch._int_mm(padded_a, padded_b.T.contiguous())[: len(a), : len(b)]
+
+
+def has_fast_int8() -> bool:
+    """Whether this processor multiplies int8 faster than float32; without AVX-512 torch does not.
+
+    (For lack of instructions for it: `torch._int_mm` then goes through the numbers one by one.)
+    """
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 class Int8Linear(nn.Module):
@@ -115,16 +127,17 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if bias is None else bias.detach())
 
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """x (rows, in_features) times the weight, before its scales: float32 (rows, out)."""
+        if self.granularity == "per_token":
+            codes, scale = quantize_per_token(x)
+            return int8_matmul(codes, self.codes).float() * scale
+        codes, scale, zero_point = quantize_per_tensor(x)
+        shift = zero_point * self.codes.sum(1, dtype=torch.int32)
+        return (int8_matmul(codes, self.codes) - shift).float() * scale
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.reshape(-1, self.in_features)
-        if self.granularity == "per_tensor":
-            codes, scale, zero_point = quantize_per_tensor(flat)
-            product = int8_matmul(codes, self.codes)
-            product = product - zero_point * self.codes.sum(1, dtype=torch.int32)
-        else:
-            codes, scale = quantize_per_token(flat)
-            product = int8_matmul(codes, self.codes)
-        y = product.float() * scale * self.scale
+        y = self.product(x.reshape(-1, self.in_features)) * self.scale
         if self.bias is not None:
             y = y + self.bias.float()
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)

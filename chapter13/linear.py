@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from chapter13.codebook import CODE_BOOKS, dynamic_code_book
+from chapter13.dynamic import has_fast_int8
 from chapter13.tensors import QuantizedTensor
 
 FEW = 4  # rows of input up to which reading the weight takes longer than multiplying with it
@@ -55,7 +56,7 @@ class QuantizedLinear(nn.Module):
         weight, flat = self.quantized, x.reshape(-1, self.in_features)
         if len(flat) > FEW:
             y = linear(flat, weight.dequantize(x.dtype))
-        elif x.device.type == "cpu" and self._has_int8_rows():
+        elif self._has_int8_kernel(x):
             y = int8_product(flat, weight)
         else:  # piece by piece: dequantized rows are multiplied while they are in the cache
             pieces = (linear(flat, rows.to(x.dtype)) for rows in weight.row_pieces())
@@ -64,12 +65,11 @@ class QuantizedLinear(nn.Module):
             y += self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _has_int8_rows(self) -> bool:
-        """Whether an int8 kernel can do the work: signed bytes, and a scale for each whole row."""
+    def _has_int8_kernel(self, x: torch.Tensor) -> bool:
+        """Whether `int8_product` applies: signed bytes, a scale per row, a fit processor."""
         plan = self.plan
-        return (
-            plan["kind"] == "absmax" and plan["bits"] == 8 and isinstance(plan["group_size"], str)
-        )
+        rows = (plan["kind"], plan["bits"], plan["group_size"]) == ("absmax", 8, "channel")
+        return rows and x.device.type == "cpu" and (x.dtype == torch.bfloat16 or has_fast_int8())
 
     def _apply(self, fn, recurse=True):
         """As nn.Module's, which `.to()` calls, but a cast does not reach the buffers."""

@@ -15,7 +15,7 @@ def test_readme_is_not_stale():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(SystemExit, match="there are: int8, nf4, packing, sliders, import"):
+    with pytest.raises(SystemExit, match="there are: int8, nf4, packing, sliders, import, models"):
         bench.main(["nf5"])
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from chapter13 import dynamic
 from chapter13.dynamic import (
     Int8Linear,
     affine_parameters,
@@ -174,7 +175,12 @@ def test_real_layers(weights):
         assert torch.equal(Int8Linear(weight).codes, reference.weight().int_repr())
 
 
-def test_integer_product_is_exact():
+@pytest.mark.parametrize("fast", [True, False])
+def test_integer_product_is_exact(fast, monkeypatch):
+    if not fast:  # the way of processors without AVX-512
+        monkeypatch.setattr(dynamic, "has_fast_int8", lambda: False)
+    extreme = torch.full((2, 3000), -128, dtype=torch.int8)
+    assert int8_matmul(extreme, extreme).tolist() == [[3000 * 128 * 128] * 2] * 2
     a = torch.randint(-128, 128, (5, 300), generator=generator()).to(torch.int8)
     b = torch.randint(-128, 128, (11, 300), generator=generator()).to(torch.int8)
     assert torch.equal(int8_matmul(a, b), (a.long() @ b.long().T).int())

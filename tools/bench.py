@@ -5,7 +5,7 @@ machine slows both. The results go to data/results.json (keys "bench/..."), and 
 README's table.
 
     python tools/bench.py            everything
-    python tools/bench.py nf4 import     only these: int8, nf4, packing, sliders, import
+    python tools/bench.py nf4 import     only these: int8, nf4, packing, sliders, import, models
 """
 
 import gc
@@ -178,6 +178,24 @@ def bench_sliders():
     results.record("bench/sliders", measured, ("matplotlib", "ipywidgets"))
 
 
+def bench_whole_models():
+    sys.path.insert(0, str(README.parent))  # started as a script, this file's folder is there alone
+    from tools import bench_models
+
+    quantizing = {}
+    for method in ("absmax", "nf4"):
+        from chapter13 import models, quantize_model
+
+        model = models.load(device="cpu")[0]
+        start = time.perf_counter()
+        quantize_model(model, method, progress=False)
+        quantizing[f"quantize_{method}_s"] = round(time.perf_counter() - start, 2)
+    print(f"the embedded model's linear layers to 4 bits: {quantizing}")
+    measured = bench_models.bench() | quantizing
+    packages = ("bitsandbytes", "torchao", "transformers")
+    results.record("bench/models", measured, packages)
+
+
 def moves(panel):
     """Milliseconds from each move of a control to the new picture, kernel side."""
     start = panel.settings
@@ -287,7 +305,37 @@ def readme_section(records):
     return (
         f"Medians on {where['machine']}, torch {versions['torch']}, "
         f"bitsandbytes {versions['bitsandbytes']}, {where['date']}. "
-        f"`make bench` measures yours.\n\n{table}\n"
+        f"`make bench` measures yours.\n\n{table}\n\n{models_section(records['bench/models'])}"
+    )
+
+
+def models_section(record):
+    """Tokens per second of whole models, a row a format, from data/results.json."""
+    where, speed = record["environment"], record["bandwidth_gb_per_s"]
+    small, large = record["smollm2-135m"], record["7B blocks"]
+    rows = [
+        ("format", "embedded model", "peak memory", "two blocks of a 7B model", "bound", "memory"),
+        ("---",) * 6,
+    ]
+    for kind in small:
+        one, two = small[kind], large[kind]
+        rows.append(
+            (
+                kind,
+                f"{1e3 / one['ms_per_token']:.0f} tokens/s",
+                f"{one['peak_mb']} MB",
+                f"{1e3 / two['ms_per_token']:.1f} tokens/s",
+                f"{1e3 / two['bound_ms']:.1f}",
+                f"{two['weights_mb']:.0f} MB",
+            )
+        )
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return (
+        f"Whole models, one token at a time (batch 1, {where['machine']}, {where['date']}). The "
+        f"bound is how often the memory, at {speed} GB/s, can deliver the weights of the two "
+        "blocks; what the cache keeps may come faster. All linear layers of the embedded model go "
+        f"to 4 bits in {record['quantize_absmax_s']} s (absmax) and {record['quantize_nf4_s']} s "
+        f"(NF4).\n\n{table}\n"
     )
 
 
@@ -345,6 +393,7 @@ BENCHES = {
     "packing": bench_packing,
     "sliders": bench_sliders,
     "import": bench_import,
+    "models": bench_whole_models,
 }
 
 

@@ -1,0 +1,168 @@
+"""Two ways around outliers in activations: LLM.int8() keeps them apart, SmoothQuant moves them.
+
+A few input channels of a transformer's linear layers are tens of times larger than the rest. One
+scale for all of a token's channels then leaves a handful of codes to the others.
+
+- LLM.int8() (Dettmers et al. 2022, https://arxiv.org/abs/2208.07339), as bitsandbytes does it:
+  columns with a magnitude of 6 or more are multiplied in float16, the others in int8
+- SmoothQuant (Xiao et al. 2023, https://arxiv.org/abs/2211.10438): channel j of the activations is
+  divided by s_j, and column j of the weight multiplied by it. The product is the same, the norm
+  before it takes the division in, and quantization has an easier time
+"""
+
+import torch
+from torch import nn
+
+from chapter13.dynamic import int8_matmul
+from chapter13.layers import is_conv1d, linear_layers, replace_layers, weight_of
+from chapter13.static import Statistics
+from chapter13.tensors import check_finite, check_weight
+
+# which norm feeds which linear layers, by the name that a transformer block has in its model
+SMOOTHED = {
+    "LlamaDecoderLayer": {
+        "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+    },
+    "GPT2Block": {"ln_1": ("attn.c_attn",), "ln_2": ("mlp.c_fc",)},
+}
+
+
+def quantize_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """bitsandbytes' row-wise absmax of a float16 matrix: (int8 codes, float32 absmax (rows,)).
+
+    A row of zeros has codes 0 and absmax 0.
+    """
+    absmax = matrix.abs().amax(1).float()
+    factor = torch.where(absmax == 0, 0.0, 127.0 / absmax)
+    return (matrix * factor[:, None]).round().to(torch.int8), absmax
+
+
+def split_outliers(
+    x: torch.Tensor, threshold: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Activations (rows, features) in float16 -> (int8 codes, absmax (rows,), outlier columns).
+
+    A column with any |x| >= threshold is an outlier: its codes are 0, and the absmax of a row does
+    not count the elements that reach the threshold.
+    """
+    outliers = x.abs() >= threshold
+    codes, absmax = quantize_rows(x.masked_fill(outliers, 0))
+    columns = outliers.any(0).nonzero().view(-1)
+    codes[:, columns] = 0
+    return codes, absmax, columns
+
+
+class MixedLinear(nn.Module):
+    """y = x W^T + b as LLM.int8(): outlier columns in floating point, all others in int8.
+
+    `weight`: (out_features, in_features); `threshold`: magnitude from which an activation is an
+    outlier, 6 in the paper. Activations are rounded to float16 first, as bitsandbytes does.
+    """
+
+    def __init__(self, weight, bias=None, threshold=6.0):
+        super().__init__()
+        if not threshold > 0:
+            raise ValueError(f"threshold must be positive, not {threshold!r}")
+        weight = check_weight(weight)
+        half = weight.half()
+        check_finite(half, half.abs().amax())
+        self.out_features, self.in_features = weight.shape
+        self.threshold = threshold
+        codes, absmax = quantize_rows(half)
+        self.register_buffer("codes", codes)
+        self.register_buffer("absmax", absmax)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, self.in_features)
+        codes, absmax, columns = split_outliers(flat.half(), self.threshold)
+        product = int8_matmul(codes, self.codes).float()
+        y = product * (absmax[:, None] * self.absmax) * (1 / 127**2)
+        if self.bias is not None:
+            y = y + self.bias.float()
+        y = y.to(x.dtype)
+        if len(columns):
+            weight = self.codes[:, columns].float() * (self.absmax / 127)[:, None]
+            y = y + flat[:, columns] @ weight.to(x.dtype).T
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, threshold={self.threshold}"
+
+
+def quantize_llm_int8(model: nn.Module, threshold: float = 6.0, progress: bool = True) -> nn.Module:
+    """Puts a MixedLinear in the place of every linear layer but the head; returns the model.
+
+    When anything fails the model is as it was. Raises ValueError for weights beyond float16.
+    """
+    return replace_layers(
+        model,
+        lambda _, layer: MixedLinear(weight_of(layer), layer.bias, threshold),
+        progress,
+        "LLM.int8()",
+    )
+
+
+def smoothing(
+    activation_absmax: torch.Tensor, weights: list[torch.Tensor], alpha: float = 0.5
+) -> torch.Tensor:
+    """SmoothQuant's s of each input channel: absmax_x^alpha / absmax_w^(1 - alpha), (in_features,).
+
+    `weights`: of all linear layers that read these activations. alpha 1 moves all of the difficulty
+    to the weights, 0 none (and that of the weights to the activations).
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must lie between 0 and 1, not {alpha!r}")
+    largest = torch.stack([weight.detach().float().abs().amax(0) for weight in weights]).amax(0)
+    absmax = activation_absmax.to(largest.device).float()
+    # a channel that is never used would give 0, and a division by it
+    return (absmax.clamp(min=1e-5) ** alpha / largest.clamp(min=1e-5) ** (1 - alpha)).clamp(
+        min=1e-5
+    )
+
+
+@torch.no_grad()
+def smooth(model: nn.Module, calibration: dict[str, Statistics], alpha: float = 0.5) -> nn.Module:
+    """Moves outliers from activations into weights, in place; the model's function stays.
+
+    For each norm that feeds linear layers: its gain, and bias, divided by s, the columns of those
+    layers multiplied by it. `calibration`: what `static.calibrate` returned. Returns the model.
+    Raises ValueError, before any change, for a model whose blocks are not Llama's or GPT-2's.
+    """
+    blocks = {
+        name: SMOOTHED[type(module).__name__]
+        for name, module in model.named_modules()
+        if type(module).__name__ in SMOOTHED
+    }
+    if not blocks:
+        raise ValueError(
+            f"SmoothQuant needs to know which norm feeds which layers; of {type(model).__name__} "
+            f"it does not. Known blocks: {', '.join(SMOOTHED)}"
+        )
+    layers = linear_layers(model)
+    plan = []
+    for block, norms in blocks.items():
+        for norm, names in norms.items():
+            readers = [f"{block}.{name}" for name in names]
+            missing = [name for name in readers if name not in layers or name not in calibration]
+            if missing:
+                raise ValueError(f"{missing[0]} was not calibrated, or is quantized already")
+            weights = [weight_of(layers[name]) for name in readers]
+            absmax = calibration[readers[0]].channel_absmax
+            scale = smoothing(absmax, weights, alpha)
+            plan.append((model.get_submodule(f"{block}.{norm}"), readers, scale))
+    for norm, readers, scale in plan:
+        norm.weight = _changed(norm.weight, norm.weight / scale)
+        if getattr(norm, "bias", None) is not None:
+            norm.bias = _changed(norm.bias, norm.bias / scale)
+        for name in readers:
+            layer = layers[name]
+            factor = scale[:, None] if is_conv1d(layer) else scale
+            layer.weight = _changed(layer.weight, layer.weight * factor)
+    return model
+
+
+def _changed(old: nn.Parameter, new: torch.Tensor) -> nn.Parameter:
+    """A new parameter: the old one may lie in a mapped file that others read."""
+    return nn.Parameter(new.to(old.dtype), requires_grad=old.requires_grad)

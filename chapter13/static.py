@@ -1,0 +1,180 @@
+"""Static INT8: the activations' scale is fixed beforehand, from calibration text.
+
+Taking the range anew at each call costs a pass over the activations; a fixed scale does not, and
+may leave out rare extremes on purpose. What scale, an observer decides from what it saw:
+
+- "minmax": the largest magnitude
+- "percentile": a magnitude that this share of the activations stays below; the rest is clipped
+- "mse": the magnitude whose grid has the least squared error, clipping included
+
+Weights have a scale for each row, as in torchao's `Int8StaticActivationInt8WeightConfig`.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from chapter13.dynamic import Int8Linear, int8_matmul
+from chapter13.layers import linear_layers, replace_layers, weight_of
+from chapter13.tensors import check_finite
+
+OBSERVERS = ("minmax", "percentile", "mse")
+BINS = 2048
+_STEPS = 127.5
+
+
+@dataclass
+class Statistics:
+    """What one layer's inputs were like, gathered batch by batch; no input is kept."""
+
+    channel_absmax: torch.Tensor
+    """float32 (in_features,): the largest magnitude of each input channel."""
+    top: float
+    """Upper end of the histogram: a power of two, or 0 before any input but zeros."""
+    counts: torch.Tensor
+    """int64 (BINS,): how many magnitudes lie in each of the equal bins from 0 to `top`."""
+
+    @classmethod
+    def empty(cls, in_features: int) -> "Statistics":
+        return cls(torch.zeros(in_features), 0.0, torch.zeros(BINS, dtype=torch.int64))
+
+    @property
+    def absmax(self) -> float:
+        return self.channel_absmax.max().item()
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Counts inputs (..., in_features). Raises ValueError where they hold NaN or Inf."""
+        magnitudes = inputs.detach().reshape(-1, inputs.shape[-1]).float().abs().cpu()
+        channel = magnitudes.amax(0)
+        check_finite(magnitudes, channel.max())
+        self.channel_absmax = torch.maximum(self.channel_absmax, channel)
+        if self.absmax == 0:
+            self.counts[0] += magnitudes.numel()
+            return
+        top = 2.0 ** math.ceil(math.log2(self.absmax))
+        while self.top and self.top < top:  # twice the range: two bins become one
+            merged = self.counts.view(-1, 2).sum(1)
+            self.counts = torch.cat([merged, torch.zeros_like(merged)])
+            self.top *= 2
+        self.top = self.top or top
+        self.counts += torch.histc(magnitudes, BINS, 0, self.top).long()
+
+    def clip(self, observer: str = "minmax", percentile: float = 99.9) -> float:
+        """The magnitude that the outermost code stands for, by an observer's rule.
+
+        `percentile`: of "percentile" alone, above 0, at most 100. Raises ValueError for another
+        observer, another percentile, and where no input was ever seen.
+        """
+        if observer not in OBSERVERS:
+            raise ValueError(f"observer must be one of {', '.join(OBSERVERS)}, not {observer!r}")
+        if not 0 < percentile <= 100:
+            raise ValueError(f"percentile must lie above 0 and not above 100, not {percentile!r}")
+        if not self.counts.sum():
+            raise ValueError("no inputs were seen: calibrate with text that reaches this layer")
+        if observer == "minmax" or self.absmax == 0:
+            return self.absmax
+        edges = torch.linspace(0, self.top, BINS + 1, dtype=torch.float64)[1:]
+        if observer == "percentile":
+            share = self.counts.double().cumsum(0) / self.counts.sum()
+            first = int((share >= percentile / 100).nonzero()[0])
+            return min(edges[first].item(), self.absmax)
+        centers = edges - self.top / BINS / 2
+        candidates = edges[BINS // 128 - 1 :: BINS // 128].clamp(max=self.absmax).unique()
+        errors = [self._squared_error(centers, clip.item()) for clip in candidates]
+        return candidates[int(torch.tensor(errors).argmin())].item()
+
+    def _squared_error(self, centers: torch.Tensor, clip: float) -> float:
+        """Of a grid that ends at `clip`, weighted by how often each magnitude came."""
+        scale = clip / _STEPS
+        restored = (centers / scale).round().clamp(max=127) * scale
+        return ((centers - restored).square() * self.counts).sum().item()
+
+
+def calibrate(
+    model: nn.Module, tokens: torch.Tensor, batch_size: int = 4, progress: bool = True
+) -> dict[str, Statistics]:
+    """Statistics of the inputs of every linear layer but the head, by the layer's name.
+
+    `tokens`: int64 (sequences, length), of calibration text. One pass serves all observers,
+    SmoothQuant and pictures. The model is not changed. Raises ValueError where there is no linear
+    layer or an input is not finite.
+    """
+    layers = linear_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no nn.Linear or Conv1D besides its head")
+    from tqdm.auto import tqdm
+
+    statistics = {
+        name: Statistics.empty(weight_of(layer).shape[1]) for name, layer in layers.items()
+    }
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: statistics[name].add(*inputs))
+        for name, layer in layers.items()
+    ]
+    training = model.training
+    device = next(model.parameters()).device
+    try:
+        model.eval()
+        with (
+            torch.inference_mode(),
+            tqdm(total=len(tokens), desc="calibrating", unit=" seq", disable=not progress) as bar,
+        ):
+            for batch in tokens.split(batch_size):
+                model(batch.to(device))
+                bar.update(len(batch))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(training)
+    return statistics
+
+
+class StaticInt8Linear(Int8Linear):
+    """As Int8Linear per token, but with one scale for all activations, given beforehand.
+
+    `clip`: the magnitude at the grid's end; activations beyond are clipped. Raises ValueError
+    unless it is positive and finite.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, clip: float):
+        super().__init__(weight, bias, "per_token")
+        if not 0 < clip < math.inf:
+            raise ValueError(f"clip must be positive and finite, not {clip!r}")
+        self.register_buffer("activation_scale", torch.tensor(clip / _STEPS))
+
+    def quantize(self, x: torch.Tensor) -> torch.Tensor:
+        """The int8 codes of activations, in their shape."""
+        scaled = x.float() * (1.0 / self.activation_scale)
+        return scaled.round_().clamp_(-128, 127).to(torch.int8)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return int8_matmul(self.quantize(x), self.codes).float() * self.activation_scale
+
+    def extra_repr(self) -> str:
+        clip = self.activation_scale.item() * _STEPS
+        return f"{self.in_features}, {self.out_features}, static, clip={clip:.4g}"
+
+
+def quantize_static(
+    model: nn.Module,
+    calibration: dict[str, Statistics],
+    observer: str = "minmax",
+    percentile: float = 99.9,
+    progress: bool = True,
+) -> nn.Module:
+    """Puts a StaticInt8Linear in the place of every linear layer but the head; returns the model.
+
+    `calibration`: what `calibrate` returned for this model. When anything fails the model is as it
+    was. Raises ValueError as `Statistics.clip`, and where a layer was not calibrated.
+    """
+    missing = set(linear_layers(model)) - set(calibration)
+    if missing:
+        raise ValueError(f"{len(missing)} layers were not calibrated, first {min(missing)}")
+
+    def make(name: str, layer: nn.Module) -> StaticInt8Linear:
+        clip = calibration[name].clip(observer, percentile)
+        return StaticInt8Linear(weight_of(layer), layer.bias, clip or 1.0)  # 1: all inputs were 0
+
+    return replace_layers(model, make, progress, f"INT8, static {observer}")

@@ -1,0 +1,222 @@
+"""`make bench`, the part on whole models: one token at a time, at batch 1, in each format.
+
+Two models: the embedded one, and two decoder blocks of Llama-2-7B's shape with random weights,
+which no cache holds. Every format is measured in a process of its own, so that its peak memory is
+its own, and beside it stands the bound: a token cannot come faster than the memory delivers the
+weights once.
+
+    python -m tools.bench_models smollm2-135m "ours nf4"     one measurement, as JSON
+"""
+
+import json
+import logging
+import re
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from chapter13 import models, quantize_model
+from chapter13.errors import memory_breakdown
+
+MODELS = {"smollm2-135m": 24, "7B blocks": 12}  # name -> tokens timed
+PROMPT = 16  # tokens before the first timed one
+BITSANDBYTES_NOISE = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")
+
+
+def build(name):
+    """The model in float32: the embedded one, or two random blocks of a 7B model."""
+    if name == models.EMBEDDED:
+        return models.load(device="cpu")[0]
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=2,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        vocab_size=1000,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+def ours(method, bits, group_size, dtype=torch.float32, **options):
+    def change(model):
+        return quantize_model(model, method, bits, group_size, progress=False, **options).to(dtype)
+
+    return change
+
+
+def bitsandbytes(bits, plain=False):
+    """Each linear layer as bitsandbytes' own, as transformers would put them there.
+
+    `plain`: the way of processors without AVX512-BF16. Where there is that, bitsandbytes
+    multiplies NF4 with a kernel of its own, all in bfloat16.
+    """
+
+    def change(model):
+        for logger in BITSANDBYTES_NOISE:
+            logging.getLogger(logger).setLevel(logging.ERROR)
+        import bitsandbytes.nn as bnb
+
+        from chapter13.layers import replace_layers
+
+        def make(_, layer):
+            if bits == 8:
+                new = bnb.Linear8bitLt(
+                    layer.in_features, layer.out_features, bias=False, has_fp16_weights=False
+                )
+                new.weight = bnb.Int8Params(layer.weight.data, requires_grad=False)
+            else:
+                new = bnb.Linear4bit(
+                    layer.in_features,
+                    layer.out_features,
+                    bias=False,
+                    compute_dtype=torch.bfloat16,
+                    quant_type="nf4",
+                )
+                new.weight = bnb.Params4bit(layer.weight.data, False, quant_type="nf4")
+                new.support_avx512bf16_for_cpu &= not plain
+            return new.to("cpu").eval()
+
+        return replace_layers(model, make, progress=False)
+
+    return change
+
+
+def torch_dynamic(model):
+    warnings.simplefilter("ignore")  # deprecated, and still the chapter's way
+    model.model = torch.ao.quantization.quantize_dynamic(
+        model.model, {torch.nn.Linear}, dtype=torch.qint8
+    )
+    return model
+
+
+def torchao(name):
+    def change(model):
+        from torchao import quantization
+
+        quantization.quantize_(model.model, getattr(quantization, name)())
+        return model
+
+    return change
+
+
+FORMATS = {
+    "fp32": lambda model: model,
+    "bf16": lambda model: model.bfloat16(),
+    "ours int8": ours("absmax", 8, "channel"),
+    "ours int8, bf16 activations": ours("absmax", 8, "channel", torch.bfloat16),
+    "ours int4": ours("absmax", 4, 64),
+    "ours nf4": ours("nf4", 4, 64),
+    "bitsandbytes nf4, fused kernel": bitsandbytes(4),
+    "bitsandbytes nf4, plain": bitsandbytes(4, plain=True),
+    "bitsandbytes int8": bitsandbytes(8),
+    "torch dynamic int8": torch_dynamic,
+    "torchao dynamic int8": torchao("Int8DynamicActivationInt8WeightConfig"),
+    "torchao int8 weights": torchao("Int8WeightOnlyConfig"),
+}
+
+
+def measure(name, kind):
+    """{ms per token, MB of weights, MB at the peak while tokens come} of one model and format."""
+    models.silence_torchao()
+    model = FORMATS[kind](build(name))
+    ids = torch.arange(PROMPT)[None] + 100
+    times = []
+    before = reset_peak()
+    with torch.inference_mode():
+        state = model(ids, use_cache=True)
+        for _ in range(MODELS[name]):
+            token = state.logits[:, -1:].argmax(-1)
+            start = time.perf_counter()
+            state = model(token, past_key_values=state.past_key_values, use_cache=True)
+            times.append(time.perf_counter() - start)
+    parts = memory_breakdown(model)
+    read = sum(parts.values())
+    if name != models.EMBEDDED:  # an untied model reads one row of its embeddings
+        read -= model.get_input_embeddings().weight.nbytes
+    return {
+        "ms_per_token": round(median(times) * 1e3, 1),
+        "weights_mb": round(sum(parts.values()) / 1e6, 1),
+        "read_mb": round(read / 1e6, 1),
+        "peak_mb": round(peak() / 1e6),
+        "before_mb": round(before / 1e6),
+    }
+
+
+def status(field):
+    text = Path("/proc/self/status").read_text()
+    return int(re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)[1]) * 1024
+
+
+def reset_peak():
+    """Forgets the peak of making the model; returns the memory held now, in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
+
+
+def peak():
+    return status("VmHWM")
+
+
+def has_fused_kernel():
+    """Whether bitsandbytes multiplies NF4 with its own kernel on this processor."""
+    logging.getLogger(BITSANDBYTES_NOISE[0]).setLevel(logging.ERROR)
+    from bitsandbytes.functional import has_avx512bf16
+
+    return has_avx512bf16()
+
+
+def bandwidth():
+    """GB/s at which this machine's memory delivers a float32 matrix to a product with a vector."""
+    matrix, vector = torch.randn(11008, 4096), torch.randn(4096)
+    times = []
+    for _ in range(9):
+        start = time.perf_counter()
+        torch.mv(matrix, vector)
+        times.append(time.perf_counter() - start)
+    return matrix.nbytes / median(times) / 1e9
+
+
+def bench():
+    """All models in all formats: name -> format -> what `measure` returns, and the bound."""
+    speed = bandwidth()
+    print(f"memory: {speed:.1f} GB/s")
+    measured = {"bandwidth_gb_per_s": round(speed, 1)}
+    for name in MODELS:
+        measured[name] = {}
+        for kind in FORMATS:
+            if "fused" in kind and not has_fused_kernel():
+                continue
+            # three processes, the median: one process may meet a busy moment
+            runs = [
+                json.loads(
+                    subprocess.run(
+                        [sys.executable, "-m", "tools.bench_models", name, kind],
+                        check=True,
+                        capture_output=True,
+                        text=True,
+                    ).stdout.splitlines()[-1]
+                )
+                for _ in range(3)
+            ]
+            run = sorted(runs, key=lambda each: each["ms_per_token"])[1]
+            run["bound_ms"] = round(run["read_mb"] / speed, 1)
+            measured[name][kind] = run
+            print(
+                f"{name:13} {kind:28} {run['ms_per_token']:7.1f} ms a token, bound "
+                f"{run['bound_ms']:6.1f}   {run['weights_mb']:7.1f} MB, peak {run['peak_mb']} MB",
+                flush=True,
+            )
+    return measured
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(*sys.argv[1:])))
