@@ -75,7 +75,8 @@ def memory_breakdown(model: torch.nn.Module) -> dict[str, int]:
         _collect(value, seen)
         sizes = [seen[place] for place in seen if place not in before]
         owner, _, name = key.rpartition(".")
-        while owner not in modules:  # "weight.absmax" is of the layer that has the weight
+        # "weight.absmax" is of the layer that has the weight, "_packed_params" of that around it
+        while owner not in modules or type(modules[owner]).__name__ == "LinearPackedParams":
             owner, _, name = owner.rpartition(".")
         module = modules[owner]
         if isinstance(module, torch.nn.Embedding) or module is head:

@@ -150,7 +150,9 @@ def parts(quantized: QuantizedTensor) -> dict[str, torch.Tensor]:
 
 
 def assemble(plan: dict, tensors: dict[str, torch.Tensor], prefix: str = "") -> QuantizedTensor:
-    """The inverse of `describe` and `parts`, without a copy."""
+    """The inverse of `describe` and `parts`, without a copy. ValueError for an unknown kind."""
+    if plan["kind"] not in ("absmax", "affine", *_CODE_BOOKS):
+        raise ValueError(f"unknown kind {plan['kind']!r}")
     scale = tensors.get(f"{prefix}scale")
     if "scale" in plan:
         scale = assemble(plan["scale"], tensors, f"{prefix}scale_")

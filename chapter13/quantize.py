@@ -178,8 +178,15 @@ def _checked(name: str, plan: dict, tensors: dict[str, torch.Tensor]) -> Quantiz
         expected = packed_size(quantized.shape.numel(), quantized.bits)
         if quantized.packed.dtype != torch.uint8 or quantized.packed.shape != (expected,):
             raise ValueError(f"{list(quantized.packed.shape)} packed bytes, not [{expected}]")
-        quantized.dequantize()
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        quantized.dequantize()  # finds out whether the scales fit
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ValueError(f"{name} in the file is damaged: {error!r}") from error
     return quantized
 

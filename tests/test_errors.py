@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from chapter13 import model_size_mb, quantize_absmax
-from chapter13.errors import cosine, max_abs_error, mse, relative_rmse, sqnr_db
+from chapter13 import model_size_mb, quantize_absmax, quantize_model
+from chapter13.errors import cosine, max_abs_error, memory_breakdown, mse, relative_rmse, sqnr_db
 
 MEASURES = [mse, max_abs_error, relative_rmse, sqnr_db, cosine]
 
@@ -140,3 +140,43 @@ def test_size_of_a_tensor_made_of_tensors():
     size = model_size_mb(model) * 1e6
     # a byte for each weight and a float32 scale for each row; zero points may come on top
     assert 256 * 128 + 128 * 4 <= size <= 256 * 128 + 128 * 4 * 3
+
+
+def test_breakdown_by_part():
+    from test_outliers import tiny_gpt2
+
+    model = tiny_gpt2()
+    linears = 2 * (64 * 192 + 64 * 64 + 2 * 64 * 256) * 4
+    embeddings = (100 + 32) * 64 * 4  # the head is the token embeddings once more
+    rest = (2 * (192 + 64 + 256 + 64) + 5 * 2 * 64) * 4
+    expected = {"linears": linears, "scales": 0, "embeddings": embeddings, "rest": rest}
+    assert memory_breakdown(model) == expected
+    assert model_size_mb(model) == sum(expected.values()) / 1e6
+    assert memory_breakdown(model.bfloat16()) == {key: n // 2 for key, n in expected.items()}
+
+    quantize_model(model, "nf4", progress=False)
+    quantized = memory_breakdown(model)
+    assert quantized["linears"] == linears // 8
+    assert quantized["scales"] == linears // 4 // 64 * 4
+    assert quantized["embeddings"] == embeddings // 2
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated.*")
+def test_breakdown_of_other_libraries():
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    def model():
+        return torch.nn.Sequential(torch.nn.Embedding(10, 64), torch.nn.Linear(64, 32))
+
+    dynamic = torch.ao.quantization.quantize_dynamic(model(), {torch.nn.Linear})
+    # codes; a scale and a zero point beside; torch.ao keeps the bias with the codes
+    breakdown = memory_breakdown(dynamic)
+    assert breakdown["linears"] == 64 * 32
+    assert breakdown["embeddings"] == 10 * 64 * 4
+    assert breakdown["scales"] + breakdown["rest"] <= 32 * 4 + 16
+    ao = model()
+    quantize_(ao, Int8DynamicActivationInt8WeightConfig())
+    breakdown = memory_breakdown(ao)
+    assert breakdown["linears"] == 64 * 32
+    assert breakdown["scales"] == 32 * 4
+    assert breakdown["rest"] == 32 * 4

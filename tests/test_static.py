@@ -26,13 +26,13 @@ def seen(*batches):
     return statistics
 
 
-def tiny_llama():
+def tiny_llama(intermediate_size=96):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(13)
     config = LlamaConfig(
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -1,0 +1,176 @@
+"""Perplexity and KL against transformers' own loss and against float64; intervals; the cache."""
+
+import math
+
+import pytest
+import torch
+from test_outliers import tiny_gpt2
+from test_static import TOKENS, tiny_llama
+
+from chapter13 import quantize_model
+from chapter13.evaluate import (
+    Score,
+    cache_logits,
+    difference,
+    kl_divergence,
+    perplexity,
+)
+
+
+def damaged():
+    return quantize_model(tiny_llama(), "absmax", 3, 32, progress=False)
+
+
+def log_probabilities(model):
+    with torch.no_grad():
+        return torch.log_softmax(model(TOKENS).logits[:, :-1].double(), -1)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, damaged])
+def test_perplexity_is_that_of_transformers(make):
+    model = make()
+    with torch.no_grad():
+        loss = model(TOKENS, labels=TOKENS).loss.item()
+    score = perplexity(model, TOKENS, progress=False)
+    assert math.log(score.value) == pytest.approx(loss, abs=1e-6)
+    assert float(score) == score.value
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 6, 100])
+def test_batches_change_nothing(batch_size):
+    model, reference = damaged(), tiny_llama()
+    assert len(perplexity(model, TOKENS, batch_size, progress=False).losses) == 6
+    for measure in (
+        lambda size: perplexity(model, TOKENS, size, progress=False),
+        lambda size: kl_divergence(model, reference, TOKENS, size, progress=False),
+    ):
+        # float32 logits of 100 tokens, in another order of sums
+        assert torch.allclose(measure(batch_size).losses, measure(2).losses, rtol=0, atol=1e-6)
+
+
+def test_kl_by_the_formula():
+    model, reference = damaged(), tiny_llama()
+    log_p, log_q = log_probabilities(reference), log_probabilities(model)
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)
+    score = kl_divergence(model, reference, TOKENS, progress=False)
+    assert torch.allclose(score.losses, expected, rtol=0, atol=1e-6)
+    assert score.value > 1e-4
+
+
+def test_kl_of_a_model_to_itself(tmp_path):
+    model = tiny_llama()
+    assert kl_divergence(model, model, TOKENS, progress=False).value == 0
+    path = cache_logits(model, TOKENS, tmp_path / "logits", progress=False)
+    # levels are (high - low) / 65535 apart, here below 1e-4: half of that squared
+    assert abs(kl_divergence(model, path, TOKENS, progress=False).value) < 1e-8
+
+
+def test_kl_through_the_cache(tmp_path):
+    model, reference = damaged(), tiny_llama()
+    path = cache_logits(reference, TOKENS, tmp_path / "logits", progress=False)
+    direct = kl_divergence(model, reference, TOKENS, progress=False)
+    cached = kl_divergence(model, path, TOKENS, batch_size=5, progress=False)
+    assert torch.allclose(direct.losses, cached.losses, rtol=1e-4, atol=1e-7)
+    assert path.stat().st_size == 40 + 6 * 11 * (8 + 2 * 100)
+
+
+def test_a_cache_of_other_tokens_or_cut_short(tmp_path):
+    model = tiny_llama()
+    path = cache_logits(model, TOKENS, tmp_path / "logits", progress=False)
+    for other in (TOKENS[:5], TOKENS[:, :8], TOKENS.flip(0)):
+        with pytest.raises(ValueError, match="holds no logits of these tokens"):
+            kl_divergence(model, path, other, progress=False)
+    raw = path.read_bytes()
+    for length in (0, 39, 40, len(raw) - 1):
+        path.write_bytes(raw[:length])
+        with pytest.raises(ValueError, match="holds no logits|is damaged"):
+            kl_divergence(model, path, TOKENS, progress=False)
+    with pytest.raises(FileNotFoundError):
+        kl_divergence(model, tmp_path / "none", TOKENS, progress=False)
+
+
+def test_an_interrupted_cache_leaves_nothing(tmp_path, monkeypatch):
+    model = tiny_llama()
+    calls = []
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    model.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cache_logits(model, TOKENS, tmp_path / "logits", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_intervals():
+    draws = torch.randn(400, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 3
+    few, many = Score(draws[:25]), Score(draws)
+    for score in (few, many):
+        low, high = score.interval
+        assert low < score.value < high
+        assert score.interval == (low, high)  # the same each time
+        # about 1.96 standard errors to either side; the bootstrap's own noise is some 3%
+        half = 1.96 * score.losses.std(correction=0).item() / len(score.losses) ** 0.5
+        assert (high - low) / 2 == pytest.approx(half, rel=0.15)
+    low, high = Score(draws, exponential=True).interval
+    assert (math.log(low), math.log(high)) == pytest.approx(many.interval)
+    assert all(math.isnan(end) for end in Score(draws[:1]).interval)
+    assert "sequences" in repr(many)
+    assert f"{many:.2f}" == f"{many.value:.2f}"
+
+
+def test_paired_differences_are_narrower():
+    hard = torch.linspace(1, 9, 40, dtype=torch.float64)
+    one, two = Score(hard + 0.1), Score(hard + 0.01 * torch.cos(hard))
+    low, high = difference(one, two).interval
+    assert 0 < low < high < 0.12
+    assert one.interval[0] < two.interval[1]  # unpaired, one could not tell
+    with pytest.raises(ValueError, match="40 and 39 sequences are no pairs"):
+        difference(one, Score(hard[1:]))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "message"),
+    [
+        ([[1, 2]], TypeError, "integer torch.Tensor"),
+        (TOKENS.float(), TypeError, "integer torch.Tensor"),
+        (TOKENS[0], ValueError, r"not \(12,\)"),
+        (TOKENS[:, :1], ValueError, r"length 2 at least, not \(6, 1\)"),
+        (TOKENS[:0], ValueError, r"not \(0, 12\)"),
+        (TOKENS + 100, ValueError, "the model knows 0 to 99"),
+        (TOKENS - 100, ValueError, "the model knows 0 to 99"),
+    ],
+)
+def test_wrong_tokens(tokens, error, message):
+    with pytest.raises(error, match=message):
+        perplexity(tiny_llama(), tokens, progress=False)
+
+
+def test_logits_that_are_not_finite():
+    model = tiny_llama().train()
+    model.lm_head.weight.data[5, 5] = torch.nan
+    with pytest.raises(ValueError, match="logits are not finite"):
+        perplexity(model, TOKENS, progress=False)
+    assert model.training
+
+
+def test_modes_and_precisions():
+    model = tiny_llama().train()
+    perplexity(model, TOKENS, progress=False)
+    assert model.training
+    half = tiny_llama().bfloat16()
+    score = kl_divergence(half, tiny_llama(), TOKENS, progress=False)
+    assert 0 < score.value < 1e-3
+
+
+def test_other_vocabularies():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=120,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="a vocabulary of 120, the model of 100"):
+        kl_divergence(tiny_llama(), LlamaForCausalLM(config), TOKENS, progress=False)
