@@ -27,6 +27,25 @@ def weight():
     return torch.randn(96, 128, generator=torch.Generator().manual_seed(13)) * 0.02
 
 
+class Letters:
+    """A tokenizer: a token for each of 100 characters."""
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": [ord(char) - 32 for char in text]}
+
+    def decode(self, tokens):
+        return "".join(chr(token + 32) for token in tokens)
+
+
+def toy_model():
+    """A random Llama that writes letters, and its tokenizer."""
+    from test_static import tiny_llama
+
+    model = tiny_llama(intermediate_size=128)
+    model.config.eos_token_id = None
+    return model, Letters()
+
+
 PANELS = {  # module in chapter13.explorers (and a word more) -> a panel of it, given the module
     "formats": lambda module: module.explore_memory(),
     "formats number": lambda module: module.explore_number(),
@@ -34,6 +53,7 @@ PANELS = {  # module in chapter13.explorers (and a word more) -> a panel of it, 
     "granularity": lambda module: module.explore_granularity(weight()),
     "codebooks": lambda module: module.explore_codebooks(weight()),
     "distributions": lambda module: module.explore_distributions(weight()),
+    "text": lambda module: module.explore_text(*toy_model()),
 }
 
 

@@ -1,0 +1,178 @@
+"""The explorer of notebook 05: what a model writes when its weights have fewer bits."""
+
+from dataclasses import dataclass
+
+import ipywidgets as widgets
+import torch
+from torch import nn
+
+from chapter13.codebook import CODE_BOOKS, quantize_codebook
+from chapter13.explorers.base import Explorer, lines
+from chapter13.integer import quantize_absmax, quantize_affine
+from chapter13.layers import is_conv1d, linear_layers, weight_of
+from chapter13.plots.text import TextFigure, printable
+
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, there was a little girl who",
+    "Water boils when",
+    "The three primary colors are",
+)
+METHODS = {"absmax (symmetric)": "absmax", "affine (asymmetric)": "affine", "NF4": "nf4"}
+TOKENS = 40
+
+
+@dataclass(frozen=True)
+class View:
+    """What the explorer shows at one position of its controls."""
+
+    title: str
+    reference: str
+    """The prompt and what the full-precision model makes of it."""
+    text: str
+    """The prompt and what the quantized model makes of it."""
+    same: int
+    """How many characters the two have in common from the start."""
+    agree: int
+    """How many of the new tokens agree before the first that does not."""
+    count: int
+    """How many new tokens the full-precision model wrote."""
+    margin: float
+    """The least lead of a chosen token over the second best, in logits: how near a tie came."""
+    bits_per_weight: float
+    readout: str
+    alt: str
+
+
+@torch.inference_mode()
+def greedy(model: nn.Module, ids: list[int], count: int) -> tuple[list[int], float]:
+    """The `count` most likely tokens after `ids`, one at a time, and the least lead in logits.
+
+    Stops early where the model ends its text.
+    """
+    device = model.get_input_embeddings().weight.device
+    stop = model.config.eos_token_id
+    new, margin = [], float("inf")
+    state = model(torch.tensor([ids], device=device), use_cache=True)
+    while True:
+        best = state.logits[0, -1].float().topk(2)
+        token = int(best.indices[0])
+        margin = min(margin, (best.values[0] - best.values[1]).item())
+        if token == stop:
+            return new, margin
+        new.append(token)
+        if len(new) == count:
+            return new, margin
+        step = torch.tensor([[token]], device=device)
+        state = model(step, past_key_values=state.past_key_values, use_cache=True)
+
+
+class Damage:
+    """A model whose linear weights are replaced by their quantized ones, at any setting.
+
+    The dequantized weights are kept in the model, so that text comes at the speed of full
+    precision: this shows the damage, not the saving. The original weights are kept beside.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.layers = linear_layers(model)
+        self.original = {name: weight_of(layer) for name, layer in self.layers.items()}
+        self.applied = None
+        self.bits_per_weight = 32.0
+        for layer in self.layers.values():  # memory of its own: the file stays as it is
+            layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+
+    def apply(self, method: str, bits: int, group_size) -> None:
+        """Puts the weights of a setting in place; ValueError where it does not apply."""
+        if (method, bits, group_size) == self.applied:
+            return
+        if method in CODE_BOOKS and bits != 4:
+            raise ValueError(
+                f"NF4 is a table of 16 values: it takes 4 bits, not {bits}. "
+                "Set bits to 4, or choose absmax or affine"
+            )
+        self.applied = None
+        held = 0
+        for name, layer in self.layers.items():
+            weight = self.original[name]
+            if method in CODE_BOOKS:
+                size = weight.shape[1] if group_size == "channel" else group_size
+                quantized = quantize_codebook(weight, method, size)
+            else:
+                quantizer = {"absmax": quantize_absmax, "affine": quantize_affine}[method]
+                quantized = quantizer(weight, bits, group_size)
+            held += quantized.nbytes
+            restored = quantized.dequantize()
+            layer.weight.data.copy_(restored.T if is_conv1d(layer) else restored)
+        self.bits_per_weight = 8 * held / sum(w.numel() for w in self.original.values())
+        self.applied = method, bits, group_size
+
+
+def explore_text(model: nn.Module, tokenizer, prompts=PROMPTS, group_sizes=("channel", 64, 32)):
+    """A panel: prompt, method, bits and group size; beside it what the model writes, greedily.
+
+    `model`: a causal language model in full precision, which the panel changes from then on: give
+    it one of its own. `tokenizer`: its tokenizer. `group_sizes`: to choose from. The first look at
+    a setting takes a few seconds, a second one none.
+    """
+    encoded = {
+        prompt: tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts
+    }
+    reference = {prompt: greedy(model, encoded[prompt], TOKENS)[0] for prompt in prompts}
+    damage = Damage(model)
+    written = {}
+
+    def compute(prompt, method, bits, group_size):
+        key = prompt, method, bits, group_size
+        if key not in written:
+            damage.apply(method, bits, group_size)
+            new, margin = greedy(model, encoded[prompt], TOKENS)
+            written[key] = new, margin, damage.bits_per_weight
+        new, margin, bits_per_weight = written[key]
+        return view(
+            tokenizer, prompt, method, bits, reference[prompt], new, margin, bits_per_weight
+        )
+
+    controls = {
+        "prompt": widgets.Dropdown(options=list(prompts), description="prompt"),
+        "method": widgets.Dropdown(options=list(METHODS.items()), description="method"),
+        "bits": widgets.IntSlider(8, 2, 8, description="bits", continuous_update=False),
+        "group_size": widgets.SelectionSlider(
+            options=list(group_sizes),
+            value=group_sizes[min(1, len(group_sizes) - 1)],
+            description="group size",
+            continuous_update=False,
+        ),
+    }
+    return Explorer(controls, compute, TextFigure())
+
+
+def view(tokenizer, prompt, method, bits, reference, new, margin, bits_per_weight) -> View:
+    """What two continuations of a prompt have in common. `reference`, `new`: tokens."""
+    pairs = zip(reference, new, strict=False)
+    agree = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(reference), len(new)))
+    before, after = (prompt + tokenizer.decode(tokens) for tokens in (reference, new))
+    same = len(prompt + tokenizer.decode(new[:agree]))
+    name = {"absmax": "absmax", "affine": "affine", "nf4": "NF4"}[method]
+    readout = lines(
+        ("bits per weight, scales included", f"{bits_per_weight:.2f}"),
+        ("tokens before the first difference", f"{agree} of {len(reference)}"),
+        ("full precision", printable(before)),
+        (f"{name}, {bits} bits", printable(after)),
+    )
+    return View(
+        title=f"{name}, {bits} bits",
+        reference=before,
+        text=after,
+        same=same,
+        agree=agree,
+        count=len(reference),
+        margin=margin,
+        bits_per_weight=bits_per_weight,
+        readout=readout,
+        alt=(
+            f"Left, full precision: {printable(before)} Right, {name} with {bits} bits, the same "
+            f"for {agree} of {len(reference)} tokens: {printable(after)}"
+        ),
+    )
