@@ -53,6 +53,9 @@ PANELS = {  # module in chapter13.explorers (and a word more) -> a panel of it, 
     "granularity": lambda module: module.explore_granularity(weight()),
     "codebooks": lambda module: module.explore_codebooks(weight()),
     "distributions": lambda module: module.explore_distributions(weight()),
+    "activations": lambda module: module.explore_activations(
+        {"a": (50 * weight(), weight()), "b": (weight() ** 3 * 1e6, weight()[:5])}
+    ),
     "text": lambda module: module.explore_text(*toy_model()),
 }
 

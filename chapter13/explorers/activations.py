@@ -1,0 +1,100 @@
+"""The explorer of notebook 04: one layer's activations in INT8, five ways."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import ipywidgets as widgets
+import numpy as np
+import torch
+
+from chapter13.dynamic import Int8Linear
+from chapter13.errors import sqnr_db
+from chapter13.explorers.base import Explorer, lines
+from chapter13.outliers import MixedLinear, smoothing, split_outliers
+from chapter13.plots.activations import METHODS, SHOWN, ActivationsFigure
+from chapter13.static import StaticInt8Linear, Statistics
+
+PERCENTILES = [99.0, 99.9, 99.99, 99.999, 100.0]
+
+
+@dataclass(frozen=True)
+class View:
+    """What the explorer shows at one position of its controls."""
+
+    before: np.ndarray
+    """The largest magnitudes of the SHOWN largest channels, descending."""
+    after: np.ndarray
+    """Those of the same channels, divided by SmoothQuant's s."""
+    clip: float
+    """Where the static grid ends."""
+    threshold: float
+    columns: int
+    """Outlier columns of LLM.int8()."""
+    sqnr: dict[str, float]
+    """Of the layer's output in dB, by the names in METHODS."""
+    readout: str
+    alt: str
+
+
+def view(x, weight, percentile: float, alpha: float, threshold: float) -> View:
+    """The layer's output, each way, against float32. `x`: (tokens, in), `weight`: (out, in)."""
+    statistics = Statistics.empty(x.shape[1])
+    statistics.add(x)
+    clip = statistics.clip("percentile", percentile)
+    absmax = statistics.channel_absmax
+    s = smoothing(absmax, [weight], alpha)
+    outputs = {
+        "per tensor": Int8Linear(weight, None, "per_tensor")(x),
+        "static": StaticInt8Linear(weight, None, clip or 1.0)(x),
+        "per token": Int8Linear(weight, None, "per_token")(x),
+        "SmoothQuant": Int8Linear(weight * s, None, "per_token")(x / s),
+        "LLM.int8()": MixedLinear(weight, None, threshold)(x),
+    }
+    exact = x @ weight.T
+    sqnr = {name: sqnr_db(exact, outputs[name]) for name in METHODS}
+    columns = len(split_outliers(x.half(), threshold)[2])
+    largest = absmax.argsort(descending=True, stable=True)[:SHOWN]
+    best = max(sqnr, key=sqnr.get)
+    return View(
+        before=absmax[largest].numpy(),
+        after=(absmax / s)[largest].numpy(),
+        clip=clip,
+        threshold=threshold,
+        columns=columns,
+        sqnr=sqnr,
+        readout=lines(
+            *((f"{name}, SQNR", f"{value:.1f} dB") for name, value in sqnr.items()),
+            ("static grid ends at", f"{clip:.3g} of {statistics.absmax:.3g}"),
+            ("outlier columns", f"{columns} of {x.shape[1]}"),
+        ),
+        alt=(
+            f"Left: the largest magnitudes of the layer's {len(largest)} largest input channels, "
+            f"from {absmax.max():.3g} down, before and after smoothing with alpha {alpha:g}; the "
+            f"static grid ends at {clip:.3g}, outliers begin at {threshold:g}. Right: SQNR of the "
+            "output, " + ", ".join(f"{name} {value:.1f} dB" for name, value in sqnr.items()) + "."
+            f" The best is {best}."
+        ),
+    )
+
+
+def explore_activations(layers: dict[str, tuple[torch.Tensor, torch.Tensor]]):
+    """A panel: percentile, alpha and threshold, on the inputs and weight of one layer.
+
+    `layers`: name -> (inputs (tokens, in_features), weight (out_features, in_features)), float32.
+    """
+    controls = {
+        "layer": widgets.Dropdown(options=list(layers), description="layer"),
+        "percentile": widgets.SelectionSlider(
+            options=PERCENTILES, value=100.0, description="static: percentile"
+        ),
+        "alpha": widgets.FloatSlider(
+            0.5, min=0, max=1, step=0.05, description="SmoothQuant: alpha"
+        ),
+        "threshold": widgets.IntSlider(6, 1, 20, description="LLM.int8(): threshold"),
+    }
+
+    @lru_cache(maxsize=256)
+    def compute(layer, percentile, alpha, threshold):
+        return view(*layers[layer], percentile, alpha, float(threshold))
+
+    return Explorer(controls, compute, ActivationsFigure())
