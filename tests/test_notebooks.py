@@ -30,7 +30,19 @@ COURSE = [
 ]
 
 # Cells that nbval does not hold to their stored output: (notebook, cell id): why not.
+# Sums in another order flip codes of activations, and that the second digit of KL and perplexity.
+NOISE = "differs between processors; the cells assert each KL to 15% of the recorded one"
 REVIEWED = {
+    ("04_int8_activations.ipynb", "weights-only-measure"): NOISE,
+    ("04_int8_activations.ipynb", "per-tensor-measure"): NOISE,
+    ("04_int8_activations.ipynb", "per-token-measure"): NOISE,
+    ("04_int8_activations.ipynb", "static-measure"): NOISE,
+    ("04_int8_activations.ipynb", "static-mse"): NOISE,
+    ("04_int8_activations.ipynb", "llm-int8-measure"): NOISE,
+    ("04_int8_activations.ipynb", "smoothquant-measure"): NOISE,
+    ("04_int8_activations.ipynb", "all-picture"): NOISE,
+    ("04_int8_activations.ipynb", "claims-check"): NOISE,
+    ("04_int8_activations.ipynb", "exercise-skip"): NOISE,
     ("05_bitsandbytes.ipynb", "speed-table"): "shows what `make bench` recorded last, anywhere",
 }
 

@@ -60,7 +60,7 @@ class ActivationsFigure(LiveFigure):
         x = np.arange(SHOWN)
         with style():
             channels.set(
-                xlim=(-1, SHOWN), ylim=(1e-2, 1e4), yscale="log",
+                xlim=(-1, SHOWN), ylim=(1e-2, 1e6), yscale="log",
                 xlabel=f"the {SHOWN} largest input channels", ylabel="largest magnitude",
             )  # fmt: skip
             empty = np.full(SHOWN, np.nan)

@@ -14,12 +14,13 @@ def parts_picture(breakdowns: dict[str, dict[str, int]]) -> Picture:
     """Bars of MB, stacked by part. `breakdowns`: name -> what `errors.memory_breakdown` returns."""
     with style():
         figure, ax = new_figure(10, 1.4 + 0.7 * len(breakdowns))
+        shown = [part for part in PARTS if any(parts[part] for parts in breakdowns.values())]
         for row, parts in enumerate(breakdowns.values()):
             left = 0.0
-            for part, color in PARTS.items():
+            for part in shown:
                 width = parts[part] / 1e6
                 label = part if row == 0 else None
-                ax.barh(row, width, left=left, color=color, height=0.6, label=label)
+                ax.barh(row, width, left=left, color=PARTS[part], height=0.6, label=label)
                 left += width
             ax.text(left, row, f"  {left:.0f} MB", va="center", weight="bold")
         ax.set_yticks(range(len(breakdowns)), list(breakdowns))
