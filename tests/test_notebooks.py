@@ -33,7 +33,6 @@ COURSE = [
 # Sums in another order flip codes of activations, and that the second digit of KL and perplexity.
 NOISE = "differs between processors; the cells assert each KL to 15% of the recorded one"
 REVIEWED = {
-    ("04_int8_activations.ipynb", "weights-only-measure"): NOISE,
     ("04_int8_activations.ipynb", "per-tensor-measure"): NOISE,
     ("04_int8_activations.ipynb", "per-token-measure"): NOISE,
     ("04_int8_activations.ipynb", "static-measure"): NOISE,
@@ -42,7 +41,6 @@ REVIEWED = {
     ("04_int8_activations.ipynb", "smoothquant-measure"): NOISE,
     ("04_int8_activations.ipynb", "all-picture"): NOISE,
     ("04_int8_activations.ipynb", "claims-check"): NOISE,
-    ("04_int8_activations.ipynb", "exercise-skip"): NOISE,
     ("05_bitsandbytes.ipynb", "speed-table"): "shows what `make bench` recorded last, anywhere",
 }
 
