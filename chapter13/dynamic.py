@@ -13,11 +13,13 @@ Two schemes, each as its library does it:
   activations (a token) and for each row of the weight (an output channel)
 """
 
+import math
+
 import torch
 from torch import nn
 
 from chapter13.layers import replace_layers, weight_of
-from chapter13.tensors import check_finite, check_weight
+from chapter13.tensors import check_finite, check_weight, grouped
 
 GRANULARITIES = ("per_tensor", "per_token")
 _STEPS = 127.5  # both libraries divide the range from -absmax to absmax into 255 steps
@@ -39,16 +41,22 @@ def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A symmetric scale for each row: (int8 codes (rows, features), float32 scales (rows, 1)).
 
     As torchao quantizes activations, row by row, and weights. Rows of zeros get the smallest
-    scale, float32's eps, as all rows do whose own would be smaller.
+    scale, float32's eps, as all rows do whose own would be smaller. The scale of float16 and
+    bfloat16 rows is rounded to their data type, the codes are computed in float32.
     """
-    x = x.float()
-    scale = (x.abs().amax(-1, keepdim=True) / _STEPS).clamp(min=_EPS)
-    return _round(x * (1.0 / scale)), scale
+    if x.dtype == torch.float64:
+        x = x.float()
+    scale = (x.abs().amax(-1, keepdim=True) / _STEPS).clamp(min=_EPS).float()
+    return _round(x.float() * (1.0 / scale)), scale
 
 
 def quantize_per_tensor(x: torch.Tensor) -> tuple[torch.Tensor, float, int]:
-    """One affine scale for all, as torch.ao: (int8 codes 0..127, scale, zero point)."""
-    scale, zero_point = affine_parameters(min(x.min().item(), 0), max(x.max().item(), 0))
+    """One affine scale for all, as torch.ao: (int8 codes 0..127, scale, zero point).
+
+    Raises ValueError where x holds NaN or Inf: all its codes would be wrong.
+    """
+    low, high = (x.min().item(), x.max().item()) if x.numel() else (0.0, 0.0)
+    scale, zero_point = affine_parameters(min(low, 0), max(high, 0))
     return quantize_affine_7bit(x, scale, zero_point), scale, zero_point
 
 
@@ -56,8 +64,10 @@ def affine_parameters(low: float, high: float, steps: int = 127) -> tuple[float,
     """Scale and zero point of the grid 0..steps over [low, high], low <= 0 <= high, as torch.ao.
 
     The zero point is taken from the end where rounding it costs less. Ranges too small for a
-    scale of 6.1e-5 get that one.
+    scale of 6.1e-5 get that one. Raises ValueError for a range that is not finite.
     """
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"activations from {low} to {high}: NaN and Inf have no code")
     scale = (high - low) / steps
     if scale == 0 or 1 / scale > _LARGEST:
         scale = 0.1
@@ -106,7 +116,7 @@ class Int8Linear(nn.Module):
     `weight`: floating point (out_features, in_features); `granularity`: "per_tensor" or
     "per_token", see above. Input (..., in_features) in any floating data type gives output of the
     same. Codes, scale and bias are buffers. Raises as `quantize_absmax`, and ValueError for another
-    granularity.
+    granularity and for inputs of another width.
     """
 
     def __init__(self, weight, bias=None, granularity="per_tensor"):
@@ -115,7 +125,7 @@ class Int8Linear(nn.Module):
             names = ", ".join(GRANULARITIES)
             raise ValueError(f"granularity must be one of {names}, not {granularity!r}")
         self.granularity = granularity
-        weight = check_weight(weight)
+        weight = grouped(check_weight(weight), "channel")
         self.out_features, self.in_features = weight.shape
         if granularity == "per_tensor":
             codes, scale = quantize_weight_per_tensor(weight)
@@ -137,6 +147,8 @@ class Int8Linear(nn.Module):
         return (int8_matmul(codes, self.codes) - shift).float() * scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"expected (..., {self.in_features}) inputs, not {tuple(x.shape)}")
         y = self.product(x.reshape(-1, self.in_features)) * self.scale
         if self.bias is not None:
             y = y + self.bias.float()

@@ -16,7 +16,7 @@ from torch import nn
 from chapter13.dynamic import int8_matmul
 from chapter13.layers import is_conv1d, linear_layers, replace_layers, weight_of
 from chapter13.static import Statistics
-from chapter13.tensors import check_finite, check_weight
+from chapter13.tensors import check_finite, check_weight, grouped
 
 # which norm feeds which linear layers, by the name that a transformer block has in its model
 SMOOTHED = {
@@ -58,15 +58,23 @@ class MixedLinear(nn.Module):
 
     `weight`: (out_features, in_features); `threshold`: magnitude from which an activation is an
     outlier, 6 in the paper. Activations are rounded to float16 first, as bitsandbytes does.
+    Raises as `quantize_absmax`, and ValueError for weights beyond float16, for a threshold that is
+    not positive and for inputs of another width.
     """
 
     def __init__(self, weight, bias=None, threshold=6.0):
         super().__init__()
         if not threshold > 0:
             raise ValueError(f"threshold must be positive, not {threshold!r}")
-        weight = check_weight(weight)
+        weight = grouped(check_weight(weight), "channel")
+        largest = weight.abs().amax()
+        check_finite(weight, largest)
         half = weight.half()
-        check_finite(half, half.abs().amax())
+        if half.isinf().any():
+            raise ValueError(
+                f"weights reach {largest.item():.3g}, and float16, which LLM.int8() starts from, "
+                "ends at 65504"
+            )
         self.out_features, self.in_features = weight.shape
         self.threshold = threshold
         codes, absmax = quantize_rows(half)
@@ -75,6 +83,8 @@ class MixedLinear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"expected (..., {self.in_features}) inputs, not {tuple(x.shape)}")
         flat = x.reshape(-1, self.in_features)
         codes, absmax, columns = split_outliers(flat.half(), self.threshold)
         product = int8_matmul(codes, self.codes).float()

@@ -18,11 +18,11 @@ from torch import nn
 
 from chapter13.dynamic import Int8Linear, int8_matmul
 from chapter13.layers import linear_layers, replace_layers, weight_of
-from chapter13.tensors import check_finite
 
 OBSERVERS = ("minmax", "percentile", "mse")
 BINS = 2048
 _STEPS = 127.5
+_EPS = torch.finfo(torch.float32).eps  # the smallest scale, as of both libraries
 
 
 @dataclass
@@ -48,7 +48,12 @@ class Statistics:
         """Counts inputs (..., in_features). Raises ValueError where they hold NaN or Inf."""
         magnitudes = inputs.detach().reshape(-1, inputs.shape[-1]).float().abs().cpu()
         channel = magnitudes.amax(0)
-        check_finite(magnitudes, channel.max())
+        if not channel.isfinite().all():
+            bad = int((~magnitudes.isfinite()).sum())
+            raise ValueError(
+                f"activations hold {bad} NaN or Inf among {magnitudes.numel()} values, first in "
+                f"channel {int((~channel.isfinite()).nonzero()[0])}"
+            )
         self.channel_absmax = torch.maximum(self.channel_absmax, channel)
         if self.absmax == 0:
             self.counts[0] += magnitudes.numel()
@@ -59,7 +64,8 @@ class Statistics:
             self.counts = torch.cat([merged, torch.zeros_like(merged)])
             self.top *= 2
         self.top = self.top or top
-        self.counts += torch.histc(magnitudes, BINS, 0, self.top).long()
+        # float64 holds 2**128 too, the end of the largest float32 numbers
+        self.counts += torch.histc(magnitudes.double(), BINS, 0, self.top).long()
 
     def clip(self, observer: str = "minmax", percentile: float = 99.9) -> float:
         """The magnitude that the outermost code stands for, by an observer's rule.
@@ -82,8 +88,7 @@ class Statistics:
             return min(edges[first].item(), self.absmax)
         centers = edges - self.top / BINS / 2
         candidates = edges[BINS // 128 - 1 :: BINS // 128].clamp(max=self.absmax).unique()
-        errors = [self._squared_error(centers, clip.item()) for clip in candidates]
-        return candidates[int(torch.tensor(errors).argmin())].item()
+        return min(candidates.tolist(), key=lambda clip: self._squared_error(centers, clip))
 
     def _squared_error(self, centers: torch.Tensor, clip: float) -> float:
         """Of a grid that ends at `clip`, weighted by how often each magnitude came."""
@@ -99,8 +104,10 @@ def calibrate(
 
     `tokens`: int64 (sequences, length), of calibration text. One pass serves all observers,
     SmoothQuant and pictures. The model is not changed. Raises ValueError where there is no linear
-    layer or an input is not finite.
+    layer, tokens have another shape, or an input is not finite.
     """
+    if tokens.dim() != 2 or not tokens.numel():
+        raise ValueError(f"tokens must have shape (sequences, length), not {tuple(tokens.shape)}")
     layers = linear_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no nn.Linear or Conv1D besides its head")
@@ -134,15 +141,15 @@ def calibrate(
 class StaticInt8Linear(Int8Linear):
     """As Int8Linear per token, but with one scale for all activations, given beforehand.
 
-    `clip`: the magnitude at the grid's end; activations beyond are clipped. Raises ValueError
-    unless it is positive and finite.
+    `clip`: the magnitude at the grid's end; activations beyond are clipped. The scale is float32's
+    eps at least. Raises ValueError unless `clip` is positive and finite.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, clip: float):
-        super().__init__(weight, bias, "per_token")
         if not 0 < clip < math.inf:
             raise ValueError(f"clip must be positive and finite, not {clip!r}")
-        self.register_buffer("activation_scale", torch.tensor(clip / _STEPS))
+        super().__init__(weight, bias, "per_token")
+        self.register_buffer("activation_scale", torch.tensor(max(clip / _STEPS, _EPS)))
 
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
         """The int8 codes of activations, in their shape."""

@@ -214,6 +214,16 @@ def test_values_beyond_the_range_are_clipped():
     assert codes.tolist() == [0, 60, 127]
 
 
+def test_activations_that_are_not_finite_or_too_wide():
+    for bad in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="NaN and Inf have no code"):
+            quantize_per_tensor(torch.tensor([[1.0, bad]]))
+    with pytest.raises(ValueError, match=r"expected \(..., 64\) inputs, not \(2, 3\)"):
+        Int8Linear(spread(4, 64))(torch.ones(2, 3))
+    with pytest.raises(ValueError, match="out_features, in_features"):
+        Int8Linear(spread(64))
+
+
 def test_whole_model_and_its_errors(chapter_model):
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     quantize_dynamic(model, "per_token", progress=False)

@@ -117,8 +117,12 @@ def test_whole_model_and_errors():
         assert 0 < error < 0.1 * reference(TOKENS).logits.norm()
     with pytest.raises(ValueError, match="threshold must be positive, not 0"):
         MixedLinear(torch.ones(2, 2), None, 0)
-    with pytest.raises(ValueError, match="1 NaN or Inf"):
+    with pytest.raises(ValueError, match=r"weights reach 1e\+06, and float16, .* ends at 65504"):
         MixedLinear(torch.tensor([[1e6, 1.0]]))
+    with pytest.raises(ValueError, match="1 NaN or Inf"):
+        MixedLinear(torch.tensor([[torch.nan, 1.0]]))
+    with pytest.raises(ValueError, match=r"expected \(..., 2\) inputs, not \(3, 4\)"):
+        MixedLinear(torch.ones(2, 2))(torch.ones(3, 4))
 
 
 def test_smoothing_is_the_paper_s_formula():
