@@ -118,20 +118,11 @@ def quantize_affine(
     check_bits(bits)
     weight = check_weight(weight)
     groups = grouped(weight, group_size)
-    levels = 2**bits - 1
     low = groups.amin(1, keepdim=True).float().clamp_(max=0)
     high = groups.amax(1, keepdim=True).float().clamp_(min=0)
     check_finite(weight, torch.maximum(high, -low))
-    scale = round_scale((high - low) / levels, high.double() - low, levels, scale_dtype)
-
-    divisor = _divisor(scale)
-    zero_point = (-low / divisor).round_().clamp_(max=levels)
-    ends = torch.maximum(zero_point, levels - zero_point) * scale
-    if not ends.isfinite().all():  # the grid reaches up to half a step beyond the weights
-        raise ValueError(
-            f"weights from {low.min().item():.3g} to {high.max().item():.3g} need a grid that ends "
-            "beyond float32: divide the weight by some power of two first"
-        )
+    scale, zero_point = affine_grid(low, high, bits, scale_dtype)
+    divisor, levels = _divisor(scale), 2**bits - 1
     codes = torch.empty(groups.shape, dtype=torch.uint8, device=groups.device)
     for rows, columns in pieces(*groups.shape):
         piece = torch.div(groups[rows, columns], divisor[rows]).round_()
@@ -145,6 +136,26 @@ def quantize_affine(
         stored_scale=scale.view(scale_shape(weight.shape, group_size)),
         packed_zero_point=pack(zero_point.to(torch.uint8), bits),
     )
+
+
+def affine_grid(
+    low: torch.Tensor, high: torch.Tensor, bits: int, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales in `scale_dtype` and zero points in float32 for ranges [low, high], low <= 0 <= high.
+
+    All of one shape, float32. Raises ValueError for a scale that `scale_dtype` cannot hold, and
+    for a grid that would end beyond float32.
+    """
+    levels = 2**bits - 1
+    scale = round_scale((high - low) / levels, high.double() - low, levels, scale_dtype)
+    zero_point = (-low / _divisor(scale)).round_().clamp_(max=levels)
+    ends = torch.maximum(zero_point, levels - zero_point) * scale
+    if not ends.isfinite().all():  # the grid reaches up to half a step beyond the weights
+        raise ValueError(
+            f"weights from {low.min().item():.3g} to {high.max().item():.3g} need a grid that ends "
+            "beyond float32: divide the weight by some power of two first"
+        )
+    return scale, zero_point
 
 
 def _chapter_absmax(weight, group_size, steps):
