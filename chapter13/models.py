@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from chapter13.convert import silence_torchao
-from chapter13.download import require
+from chapter13.download import GGUF, require
 
 EMBEDDED = "smollm2-135m"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -98,6 +98,14 @@ def linear_weights(path: Path | str | None = None) -> dict[str, torch.Tensor]:
     with safe_open(path, framework="pt") as file:
         names = [name for name in file.keys() if name.endswith("_proj.weight")]
         return {name: file.get_tensor(name) for name in sorted(names, key=_place)}
+
+
+def gguf_path() -> Path:
+    """The GGUF file that the embedded model was made from: 4-bit weights, channels as they were.
+
+    Raises FileNotFoundError when the data was not fetched yet.
+    """
+    return require("smollm2-gguf") / GGUF
 
 
 def _place(name: str) -> tuple[int, int]:
