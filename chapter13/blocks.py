@@ -1,0 +1,237 @@
+"""A causal language model, walked block by block with calibration text.
+
+GPTQ, AWQ and their like need the inputs of each linear layer. Those of all layers would take many
+times the model's memory, so only the hidden states between two blocks are kept: they go into a
+block, its layers are quantized, and what comes out of the quantized block goes into the next.
+Later layers thus learn from inputs that carry the errors of earlier ones.
+
+There is no table of architectures. The blocks are the model's longest list of modules that hold
+linear layers, and which layers read the same input shows when a few tokens pass through.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import nn
+
+from chapter13.layers import linear_layers
+
+TOKENS_AT_ONCE = 4096  # in one pass through a block
+_PROBE = 8  # tokens that show which layers read the same input
+
+
+class _Reached(Exception):
+    """Ends a pass at the place whose tensor was wanted; carries the tensor."""
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The name and the list of a model's blocks.
+
+    Of all `nn.ModuleList`s the one that holds the most linear layers; the outer one, where one lies
+    within another. Raises ValueError where none holds any.
+    """
+    wanted = linear_layers(model)
+    found, most = None, 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            inside = sum(layer.startswith(f"{name}.") for layer in wanted)
+            if inside > most:
+                found, most = (name, module), inside
+    if found is None:
+        raise ValueError(
+            f"{type(model).__name__} has no list of blocks with linear layers to walk through: "
+            "this takes a causal language model of transformers that is not quantized yet"
+        )
+    return found
+
+
+class Walk:
+    """Calibration text on its way through the blocks of a model, one block after the other.
+
+    `tokens`: int64 (sequences, length). What the walk holds are the hidden states before the block
+    that comes next: float32, (sequences, length, hidden size) for each batch. The model is in eval
+    mode from then on; only the function that `visit` calls back changes its layers.
+
+    Raises TypeError or ValueError for tokens of another data type or shape, or beyond the
+    vocabulary, and ValueError as `find_blocks`.
+    """
+
+    def __init__(self, model: nn.Module, tokens: torch.Tensor):
+        check_tokens(model, tokens, "calibration tokens")
+        self.name, self.blocks = find_blocks(model)
+        self.model = model.eval()
+        self._in_tuple = None
+        self._probe = self._enter(tokens[:1, :_PROBE])
+        batches = tokens.split(max(1, TOKENS_AT_ONCE // tokens.shape[1]))
+        entered = [self._enter(batch) for batch in batches]
+        self.hidden = [hidden for hidden, _ in entered]
+        self._calls = [calls for _, calls in entered]
+
+    def groups(self, index: int) -> list[list[str]]:
+        """The names of a block's linear layers, in the order in which inputs reach them.
+
+        Layers that read the very same input, such as the projections to queries, keys and values,
+        stand in one list. Raises ValueError where a layer is not reached at all.
+        """
+        block = self.blocks[index]
+        layers = linear_layers(block)
+        seen: list[tuple[torch.Tensor, list[str]]] = []
+
+        def see(name, x):
+            for tensor, names in seen:  # all are kept: a freed one's memory would serve another
+                if tensor is x:
+                    names.append(name)
+                    return
+            seen.append((x, [name]))
+
+        hooks = [
+            layer.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
+            for name, layer in layers.items()
+        ]
+        hidden, calls = self._probe
+        try:
+            self._run(index, hidden, calls)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        missing = set(layers) - {name for _, names in seen for name in names}
+        if missing:
+            raise ValueError(
+                f"{self.name}.{index}: no text reaches {len(missing)} of its linear layers, "
+                f"first {min(missing)}: they have nothing to learn from"
+            )
+        return [names for _, names in seen]
+
+    def visit(self, index: int, change: Callable[[list[str], Iterator[torch.Tensor]], None]):
+        """Sends the hidden states through a block, and lets `change` quantize it on the way.
+
+        Before a group of layers (see `groups`) computes, `change(names, inputs)` is called; `inputs`
+        yields what reaches them, (tokens, in_features), batch by batch. The layers it changes then
+        compute with their new weights, so the next group's inputs are those of a block that is
+        quantized so far.
+
+        The first batch waits at each group while the others follow up to there from the block's
+        beginning. Text that fits into one batch passes but once.
+        """
+        fetching = None  # the layer whose input another batch is under way to fetch
+
+        def fetch(batch, layer):
+            nonlocal fetching
+            fetching = layer
+            try:
+                self.through(index, batch)
+            except _Reached as reached:
+                return reached.args[0]
+            finally:
+                fetching = None
+            raise RuntimeError(f"batch {batch} takes another way through the block than the first")
+
+        def reach(names, layer, x):
+            x = x.reshape(-1, x.shape[-1])
+            if fetching is layer:
+                raise _Reached(x)
+            if fetching is None:
+                others = (fetch(batch, layer) for batch in range(1, len(self.hidden)))
+                change(names, chain([x], others))
+
+        hooks = []
+        try:
+            for names in self.groups(index):
+                layer = self.blocks[index].get_submodule(names[0])
+                hook = lambda module, args, names=names: reach(names, module, args[0])  # noqa: E731
+                hooks.append(layer.register_forward_pre_hook(hook))
+            first = self.through(index, 0)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.hidden = [first, *(self.through(index, b) for b in range(1, len(self.hidden)))]
+
+    def advance(self, index: int) -> None:
+        """Sends the hidden states through a block as it is."""
+        self.hidden = [self.through(index, batch) for batch in range(len(self.hidden))]
+
+    def through(self, index: int, batch: int) -> torch.Tensor:
+        """What comes out of a block for one batch of the hidden states: of the same shape."""
+        return self._run(index, self.hidden[batch], self._calls[batch])
+
+    @torch.no_grad()
+    def _run(self, index, hidden, calls):
+        args, kwargs = calls[index]
+        with _float32(self.blocks[index]):
+            out = self.blocks[index](hidden, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    @torch.no_grad()
+    def _enter(self, tokens):
+        """(hidden states before the first block, how each block is called) for these tokens.
+
+        The model runs, but its blocks only note what they are called with besides hidden states
+        (masks, positions) and hand these on. After the last block the run ends.
+        """
+        calls, entered = [], []
+
+        def note(block, hidden, *args, **kwargs):
+            entered.append(hidden)
+            calls.append(_as_float32((args, kwargs)))
+            if self._in_tuple is None:  # how do such blocks return? the first one shows it
+                with _float32(block):
+                    out = type(block).forward(block, hidden.float(), *args, **kwargs)
+                self._in_tuple = isinstance(out, tuple)
+            if len(calls) == len(self.blocks):
+                raise _Reached
+            return (hidden,) if self._in_tuple else hidden
+
+        try:
+            for block in self.blocks:
+                block.forward = partial(note, block)
+            self.model(tokens.to(self.model.device), use_cache=False)
+        except _Reached:
+            return entered[0].float(), calls
+        finally:
+            for block in self.blocks:
+                del block.forward
+        raise ValueError(
+            f"the text passes through {len(calls)} of the {len(self.blocks)} blocks in {self.name}"
+        )
+
+
+def check_tokens(model: nn.Module, tokens: torch.Tensor, what: str = "tokens") -> None:
+    """Raises TypeError or ValueError unless tokens are int64-like (sequences, length) of a model."""
+    if not isinstance(tokens, torch.Tensor) or tokens.is_floating_point():
+        raise TypeError(f"{what} must be an integer torch.Tensor")
+    if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        raise ValueError(
+            f"{what} must have shape (sequences, length), length 2 at least, "
+            f"not {tuple(tokens.shape)}"
+        )
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if tokens.min() < 0 or tokens.max() >= vocabulary:
+        raise ValueError(f"{what} reach {int(tokens.max())}, the model knows 0 to {vocabulary - 1}")
+
+
+@contextmanager
+def _float32(block):
+    """Lets a block compute in float32: parameters in fewer bits are copies while it lasts."""
+    narrow = [p for p in block.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
+    originals = [parameter.data for parameter in narrow]
+    try:
+        for parameter in narrow:
+            parameter.data = parameter.data.float()
+        yield
+    finally:
+        for parameter, original in zip(narrow, originals, strict=True):
+            parameter.data = original
+
+
+def _as_float32(value):
+    """Tensors in fewer bits, wherever they stand in tuples and dicts, as float32."""
+    if isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+        return value.float()
+    if isinstance(value, dict):
+        return {key: _as_float32(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_as_float32(item) for item in value)
+    return value
