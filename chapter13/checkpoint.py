@@ -1,0 +1,554 @@
+"""GPTQ's checkpoint format, out and in: what AutoGPTQ, GPTQModel, transformers and vLLM load.
+
+A folder with safetensors, the model's `config.json` and in it a `quantization_config`. Whatever
+method chose the codes, a linear layer with in_features inputs, out_features outputs and `groups`
+groups in a row is stored as
+
+    qweight  int32    (in_features * bits / 32, out_features)   the codes, a column per output
+    qzeros   int32    (groups, out_features * bits / 32)        the zero points
+    scales   float16  (groups, out_features)
+    g_idx    int32    (in_features,)                            the group of each input
+    bias              (out_features,)                           where the layer has one
+
+and stands for weight = (code - zero_point) * scale, with unsigned codes. A `Conv1D` of GPT-2 is
+stored in the same way: its own weight lies transposed, here there is no difference. Codes and
+zero points form streams of bits, each code with its lowest bit first, cut into words of 32; with
+3 bits a code may lie across two words.
+
+There are two formats. "gptq" stores the zero point less one, a slip of the first programs that was
+kept for compatibility, so it cannot hold a zero point of 0. "gptq_v2" stores it as it is.
+"""
+
+import json
+import re
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from chapter13.layers import linear_layers, weight_of
+from chapter13.linear import QuantizedLinear
+from chapter13.packing import pack, unpack
+from chapter13.tensors import QuantizedTensor, scale_shape
+
+FORMATS = ("gptq", "gptq_v2")
+BITS = (2, 3, 4, 8)
+
+
+def save_gptq(
+    model: nn.Module,
+    directory: Path | str,
+    tokenizer=None,
+    checkpoint_format: str = "gptq",
+) -> None:
+    """Writes a model with QuantizedLinear layers as a GPTQ checkpoint, tokenizer beside it.
+
+    `model`: a causal language model of transformers, all its linear layers but the head quantized
+    with "absmax", "affine" or "gptq", at the same bits (2, 3, 4 or 8) and the same group size (an
+    int or "channel"). Scales must be float16 numbers. Absmax becomes the unsigned grid of the
+    symmetric checkpoints, zero point 2**(bits-1): the same weights. All other tensors keep their
+    data type. `desc_act` is false: the inputs stay in their order, also after an act-order over
+    static groups, so no reader has to permute them.
+
+    `checkpoint_format`: who reads which was tried with AutoGPTQ 0.7.1 and GPTQModel 7.4.0.
+
+    - "gptq": AutoGPTQ, transformers (which needs GPTQModel and optimum), and GPTQModel if the grid
+      is symmetric. It cannot hold a zero point of 0; a group that has it is moved up by one level,
+      codes and zero point, which changes no weight, where its highest code leaves room (as in a
+      group of zeros).
+    - "gptq_v2": GPTQModel and transformers. AutoGPTQ does not know it and would read wrong weights;
+      it stops instead, as `quantize_config.json` is not written.
+
+    vLLM was not run. By its source it takes both, with layer sizes that divide into words and
+    groups, which hold here; its fast kernel (Marlin) wants a symmetric grid of 4 or 8 bits and
+    group size 32, 64, 128 or "channel".
+
+    The directory appears whole or not at all. One that save_gptq wrote before is replaced as a
+    whole; FileExistsError for any other that is not empty. Raises TypeError for what is no model
+    of transformers, and ValueError, before anything is written, where the format cannot hold the
+    model: which layer, and what to do instead.
+    """
+    from huggingface_hub import save_torch_state_dict
+    from transformers import PreTrainedModel
+
+    if checkpoint_format not in FORMATS:
+        raise ValueError(
+            f'checkpoint_format must be "gptq" or "gptq_v2", not {checkpoint_format!r}'
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"needs a model of transformers, not a {type(model).__name__}")
+    directory = Path(directory)
+    _check_place(directory)
+    modules = model.named_modules()
+    layers = {name: module for name, module in modules if isinstance(module, QuantizedLinear)}
+    settings = _settings(model, layers) | {"checkpoint_format": checkpoint_format}
+
+    state = model.state_dict()
+    tensors = {key: t for key, t in state.items() if key.rpartition(".")[0] not in layers}
+    for name, layer in layers.items():
+        try:
+            stored = to_gptq(layer.quantized, checkpoint_format)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        if layer.bias is not None:
+            stored["bias"] = layer.bias
+        tensors |= {f"{name}.{part}": tensor for part, tensor in stored.items()}
+
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        dir=directory.parent, prefix=f".{directory.name}.", ignore_cleanup_errors=True
+    ) as temporary:
+        folder = Path(temporary) / "new"
+        folder.mkdir()
+        tied = list(model.all_tied_weights_keys)
+        save_torch_state_dict(tensors, folder, shared_tensors_to_discard=tied)
+        _write_json(folder / "config.json", _model_config(model, settings))
+        if checkpoint_format == "gptq":
+            _write_json(folder / "quantize_config.json", settings)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if directory.exists():
+            directory.rename(Path(temporary) / "former")
+        folder.rename(directory)
+
+
+def load_gptq(directory: Path | str, model: nn.Module | None = None) -> nn.Module:
+    """A model with QuantizedLinear layers (affine) from a GPTQ checkpoint, whoever wrote it.
+
+    `directory`: holds `config.json` and safetensors, in format "gptq" or "gptq_v2", symmetric or
+    not, 2, 3, 4 or 8 bits. `model`: None builds it from `config.json`, on the CPU, in float32 (what
+    is not quantized is cast), ready to evaluate, without a network or foreign code; or a model of
+    that architecture, still unquantized, whose weights are replaced in place. Returns the model.
+
+    All is checked before a given model is changed. Raises FileNotFoundError where there is no such
+    directory or file, and ValueError, naming file or tensor, for what is damaged or missing or does
+    not fit; for pickled weights (`.bin`, `.pt`), which may hold a program; for settings that these
+    layers cannot express (a `g_idx` out of order, other bits or groups for some of the layers); and
+    for a zero point of 0 in format "gptq", which its readers do not agree about, unless GPTQModel
+    wrote it, whose way of reading it is known.
+    """
+    directory = Path(directory)
+    settings = _read_settings(directory)
+    tensors = _read_tensors(directory)
+    built = _skeleton(directory) if model is None else model
+    layers = _read_layers(built, tensors, settings)
+    rest = _read_rest(built, tensors, layers)
+
+    for name, layer in layers.items():
+        built.set_submodule(name, layer)
+    built.load_state_dict(rest, strict=False, assign=True)
+    built.tie_weights()
+    return built.eval() if model is None else built
+
+
+def to_gptq(quantized: QuantizedTensor, checkpoint_format: str) -> dict[str, torch.Tensor]:
+    """The format's four tensors of one weight, as the module's docstring describes them.
+
+    `quantized`: (out_features, in_features), absmax or affine, both sides multiples of 32. Raises
+    ValueError for scales that are no float16 numbers, and for zero points of 0 that format "gptq"
+    cannot hold.
+    """
+    rows, columns = quantized.shape
+    bits, half = quantized.bits, 1 << (quantized.bits - 1)
+    codes, scale = quantized.codes().cpu(), quantized.scale.cpu().view(rows, -1)
+    groups = scale.shape[1]
+    if quantized.zero_point is None:
+        codes = codes.view(torch.uint8) + half  # -7 to 7 becomes 1 to 15
+        zero = torch.full((rows, groups), half, dtype=torch.uint8)
+    else:
+        zero = quantized.zero_point.cpu().view(rows, groups)
+    if checkpoint_format == "gptq":
+        codes, zero = _without_zero(codes.view(rows, groups, -1), zero, bits)
+        zero = zero - 1
+    if (wrong := scale.half().float() != scale.float()).any():
+        raise ValueError(
+            f"{int(wrong.sum())} of {scale.numel()} scales are no float16 numbers, which the "
+            "format stores: quantize with scale_dtype=torch.float16"
+        )
+    return {
+        "qweight": to_words(codes.view(rows, columns), bits).T.contiguous(),
+        "qzeros": to_words(zero.T, bits),
+        "scales": scale.half().T.contiguous(),
+        "g_idx": torch.arange(columns, dtype=torch.int32) // (columns // groups),
+    }
+
+
+def to_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Packs each row of uint8 codes into 32-bit words, lowest bits first.
+
+    (rows, count) -> int32 (rows, count * bits / 32). Our own stream has each code's highest bit
+    first: written from the last code to the first, and read from the last byte to the first, it
+    is this one.
+
+    >>> to_words(torch.tensor([[1, 2, 3, 0, 0, 0, 0, 0]], dtype=torch.uint8), bits=4)
+    tensor([[801]], dtype=torch.int32)
+    """
+    stream = pack(codes.reshape(-1).flip(0), bits).flip(0)
+    return stream.view(torch.int32).view(len(codes), -1)
+
+
+def from_words(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse of `to_words`: int32 (rows, words) -> uint8 (rows, words * 32 / bits)."""
+    count = words.numel() * 32 // bits
+    stream = words.contiguous().view(torch.uint8).view(-1).flip(0)
+    return unpack(stream, bits, count).flip(0).view(len(words), -1)
+
+
+def _without_zero(codes, zero, bits):
+    """Codes (rows, groups, size) and zero points (rows, groups), the same grid without a 0."""
+    low = zero == 0
+    stuck = low & (codes.amax(2) == 2**bits - 1)
+    if stuck.any():
+        raise ValueError(
+            f"{int(stuck.sum())} of {zero.numel()} groups have zero point 0, which format "
+            '"gptq" cannot hold: save with checkpoint_format="gptq_v2"'
+        )
+    return codes + low[..., None], zero + low
+
+
+def _settings(model: nn.Module, layers: dict[str, QuantizedLinear]) -> dict:
+    """The quantization_config of a model that the format can hold; else ValueError."""
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no quantized layer: quantize_model first")
+    if left := list(linear_layers(model)):
+        raise ValueError(f"{len(left)} linear layers are not quantized, first {left[0]}")
+    first, *_ = layers.values()
+    bits, group_size = first.quantized.bits, first.quantized.group_size
+    symmetric = True
+    for name, layer in layers.items():
+        weight = layer.quantized
+        if weight.code_book is not None:
+            raise ValueError(
+                f"{name} is quantized with a code book (NF4 or FP4), but the format holds evenly "
+                'spaced levels: use "absmax", "affine" or "gptq"'
+            )
+        if weight.bits not in BITS:
+            raise ValueError(f"{name} has {weight.bits} bits; the format holds 2, 3, 4 or 8")
+        if weight.group_size is None:
+            raise ValueError(
+                f"{name} has one scale for the whole tensor; the format holds one per row at "
+                'least: use group_size="channel"'
+            )
+        if (weight.bits, weight.group_size) != (bits, group_size):
+            raise ValueError(
+                f"{name} has {weight.bits} bits and group size {weight.group_size!r}, "
+                f"other layers {bits} and {group_size!r}: the format holds one setting for all"
+            )
+        if any(side % 32 for side in weight.shape):
+            raise ValueError(
+                f"{name} has shape {tuple(weight.shape)}; the format's words want multiples of 32"
+            )
+        if weight.packed_zero_point is not None:
+            symmetric &= bool((weight.zero_point == 1 << (bits - 1)).all())
+    return {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": -1 if group_size == "channel" else group_size,
+        "desc_act": False,
+        "sym": symmetric,
+        "true_sequential": True,
+        "meta": {"quantizer": [f"chapter13:{_own_version()}"]},
+    }
+
+
+def _model_config(model: nn.Module, settings: dict) -> dict:
+    """What goes into config.json; the base of the rotary embedding also under its former names.
+
+    transformers 4, and AutoGPTQ with it, knows no `rope_parameters` and would silently take 10000.
+    """
+    config = json.loads(model.config.to_json_string())
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = str(model.dtype).removeprefix("torch.")
+    config["quantization_config"] = settings
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = rope
+    return config
+
+
+def _check_place(directory: Path) -> None:
+    """Raises FileExistsError where something lies that save_gptq did not write."""
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        makers = config["quantization_config"]["meta"]["quantizer"]
+        ours = any(maker.startswith("chapter13:") for maker in makers)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        ours = False
+    if not ours:
+        raise FileExistsError(
+            f"{directory} exists and is no checkpoint that save_gptq wrote, which alone it "
+            "replaces: choose another name, or remove it yourself"
+        )
+
+
+def _own_version() -> str:
+    try:
+        return version("chapter13")
+    except PackageNotFoundError:  # run from a checkout that was not installed
+        return "unknown"
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content
+
+
+def _read_settings(directory: Path) -> dict:
+    """The quantization_config, checked; AutoGPTQ also keeps it in a file of its own."""
+    path = directory / "config.json"
+    settings = _read_json(path).get("quantization_config")
+    if settings is None and (directory / "quantize_config.json").is_file():
+        path = directory / "quantize_config.json"
+        settings = _read_json(path)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} has no quantization_config: not a quantized checkpoint")
+
+    settings = {"quant_method": "gptq", "checkpoint_format": settings.get("format")} | settings
+    if settings["checkpoint_format"] is None:
+        settings["checkpoint_format"] = "gptq"
+    if settings["quant_method"] != "gptq":
+        raise ValueError(f"{path}: quant_method is {settings['quant_method']!r}, not 'gptq'")
+    if settings["checkpoint_format"] not in FORMATS or settings.get("is_marlin_format"):
+        raise ValueError(
+            f"{path}: the format is {settings['checkpoint_format']!r}"
+            f"{', for Marlin' if settings.get('is_marlin_format') else ''}; "
+            f"only {' and '.join(FORMATS)} can be read"
+        )
+    if settings.get("bits") not in BITS:
+        raise ValueError(f"{path}: bits is {settings.get('bits')!r}, not 2, 3, 4 or 8")
+    size = settings.get("group_size")
+    if isinstance(size, bool) or not isinstance(size, int) or not (size == -1 or size > 0):
+        raise ValueError(f"{path}: group_size is {size!r}, neither -1 nor a positive int")
+    for key in ("dynamic", "rotation"):  # of GPTQModel
+        if settings.get(key):
+            raise ValueError(f"{path}: {key!r} is set, which QuantizedLinear cannot express")
+    return settings
+
+
+def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint's safetensors files, by name, mapped from disk."""
+    from safetensors import SafetensorError, safe_open
+
+    indices = list(directory.glob("*.safetensors.index.json"))
+    if len(indices) == 1:
+        named = _read_json(indices[0]).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(v, str) for v in named.values()):
+            raise ValueError(f"{indices[0]} has no weight_map")
+        files = [directory / Path(name).name for name in sorted(set(named.values()))]
+    else:
+        files, named = list(directory.glob("*.safetensors")), {}
+        if len(files) != 1:
+            pickled = sorted(path.name for path in directory.glob("*") if path.suffix in PICKLED)
+            found = f"{', '.join(pickled)}, which may hold a program" if pickled else "none"
+            raise ValueError(
+                f"{directory} must hold one .safetensors file, or several with one index; found "
+                + (f"{len(files)}" if files else found)
+            )
+    tensors = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+    if missing := sorted(set(named) - set(tensors)):
+        raise ValueError(f"{missing[0]} stands in {indices[0].name} but in no file")
+    return tensors
+
+
+PICKLED = (".bin", ".pt", ".pth")
+
+
+def _skeleton(directory: Path) -> nn.Module:
+    """The model of config.json, its weights not in memory yet."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the model will not be quantized in transformers' sense
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
+    model.tie_weights()
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    return model
+
+
+def _read_layers(model, tensors, settings) -> dict[str, QuantizedLinear]:
+    """The quantized layers of a checkpoint, if they fit the model."""
+    layers = linear_layers(model)
+    names = [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]
+    if odd := sorted(set(names) - set(layers)):
+        raise ValueError(
+            f"{odd[0]} is quantized in the checkpoint, but no linear layer of this "
+            f"{type(model).__name__} that is still unquantized (its head is left alone)"
+        )
+    if not names:
+        raise ValueError("the checkpoint has no quantized layer: there is no .qweight")
+    read = {}
+    for name in names:
+        weight = weight_of(layers[name])
+        device = "cpu" if weight.device.type == "meta" else weight.device
+        try:
+            quantized = from_gptq(_own(tensors, name), weight.shape, settings)
+            bias = _read_bias(tensors.get(f"{name}.bias"), layers[name])
+        except ValueError as error:
+            raise ValueError(f"{name}.{error}") from error
+        read[name] = QuantizedLinear(quantized, bias).to(device)
+    return read
+
+
+def _own(tensors, name):
+    parts = ("qweight", "qzeros", "scales", "g_idx")
+    return {part: tensors.get(f"{name}.{part}") for part in parts}
+
+
+def from_gptq(tensors: dict, shape: torch.Size, settings: dict) -> QuantizedTensor:
+    """The affine QuantizedTensor of a layer's four tensors; the inverse of `to_gptq`.
+
+    `shape`: (out_features, in_features). `settings`: a quantization_config. Raises ValueError,
+    beginning with the tensor's name, for what is missing, damaged or cannot be expressed.
+    """
+    rows, columns = shape
+    bits, size = settings["bits"], settings["group_size"]
+    size = columns if size == -1 else size
+    if columns % size or columns * bits % 32 or rows * bits % 32:
+        raise ValueError(f"qweight cannot hold {tuple(shape)} at {bits} bits in groups of {size}")
+    groups = columns // size
+    _check_tensor(tensors, "qweight", (columns * bits // 32, rows), INTEGERS)
+    _check_tensor(tensors, "qzeros", (groups, rows * bits // 32), INTEGERS)
+    _check_tensor(tensors, "scales", (groups, rows), FLOATS)
+    _check_tensor(tensors, "g_idx", (columns,), (torch.int32, torch.int64))
+    if not tensors["scales"].isfinite().all():
+        raise ValueError("scales hold NaN or Inf")
+    if not torch.equal(tensors["g_idx"].long(), torch.arange(columns) // size):
+        raise ValueError(
+            "g_idx puts the inputs into groups out of their order (desc_act): quantize again with "
+            "static groups, or with desc_act=False"
+        )
+    scale = tensors["scales"].T.contiguous()
+    group_size = "channel" if settings["group_size"] == -1 else size
+    return QuantizedTensor(
+        packed=pack(from_words(tensors["qweight"].T, bits), bits),
+        bits=bits,
+        shape=torch.Size(shape),
+        group_size=group_size,
+        stored_scale=(scale.float() if scale.dtype == torch.bfloat16 else scale).view(
+            scale_shape(shape, group_size)
+        ),
+        packed_zero_point=pack(_read_zero(tensors["qzeros"], settings).T, bits),
+    )
+
+
+INTEGERS = (torch.int32,)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _check_tensor(tensors, part, shape, dtypes):
+    tensor = tensors[part]
+    if tensor is None:
+        raise ValueError(f"{part} is missing")
+    if tensor.shape != shape or tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{part} is {dtype} {list(tensor.shape)}, not {wanted} {list(shape)} as shape, bits "
+            "and group size want"
+        )
+
+
+def _read_zero(qzeros: torch.Tensor, settings: dict) -> torch.Tensor:
+    """The zero points, uint8 (groups, out_features)."""
+    bits = settings["bits"]
+    stored, last = from_words(qzeros, bits), 2**bits - 1
+    if settings["checkpoint_format"] == "gptq_v2":
+        return stored
+    if not (stored == last).any():
+        return stored + 1
+    if not _by_gptqmodel(settings):
+        raise ValueError(
+            f"qzeros hold {int((stored == last).sum())} zero points of 0 or {2**bits}, which "
+            'format "gptq" cannot tell apart: write the checkpoint as "gptq_v2"'
+        )
+    if bits == 3:
+        return stored + 1 & last
+    # it takes one off each code by subtracting whole words: a 0 borrows from its neighbour
+    ones = sum(1 << shift for shift in range(0, 32, bits))
+    return from_words(qzeros + ones, bits)
+
+
+def _by_gptqmodel(settings: dict) -> bool:
+    meta = settings.get("meta")
+    makers = meta.get("quantizer") if isinstance(meta, dict) else None
+    makers = [makers] if isinstance(makers, str) else makers or []
+    return any(str(maker).startswith("gptqmodel:") for maker in makers)
+
+
+def _read_bias(bias: torch.Tensor | None, layer: nn.Module) -> torch.Tensor | None:
+    """A layer's bias in float32; AutoGPTQ stores zeros where the model has none."""
+    if bias is None:
+        if layer.bias is not None:
+            raise ValueError("bias is missing")
+        return None
+    _check_tensor({"bias": bias}, "bias", (weight_of(layer).shape[0],), FLOATS)
+    if layer.bias is not None:
+        return bias.float()
+    if bias.any():
+        raise ValueError("bias is not zero, but this model's layer has no bias")
+    return None
+
+
+def _read_rest(model, tensors, layers) -> dict[str, torch.Tensor]:
+    """Embeddings, norms and what else is not quantized, in the model's data types."""
+    parts = {"qweight", "qzeros", "scales", "g_idx", "bias"}
+    owners = {key: key.rpartition(".")[0] for key in tensors}
+    rest = {key: t for key, t in tensors.items() if owners[key] not in layers}
+    for key in tensors.keys() - rest.keys():
+        if key.rpartition(".")[2] not in parts:
+            raise ValueError(f"{key} has no place in a quantized layer")
+    state = model.state_dict(keep_vars=True)
+    shared: dict[int, list[str]] = {}  # tied weights: one tensor of the model, several names
+    for key, tensor in state.items():
+        if key.rpartition(".")[0] not in layers:
+            shared.setdefault(id(tensor), []).append(key)
+    read = {}
+    for keys in shared.values():
+        given = [key for key in keys if key in rest]
+        if not given:
+            raise ValueError(f"{keys[0]} is missing")
+        value = rest[given[0]]
+        for key in given:
+            if rest[key].shape != state[key].shape:
+                wanted = list(state[key].shape)
+                raise ValueError(f"{key} has shape {list(rest[key].shape)}, the model {wanted}")
+            if not torch.equal(rest[key], value):
+                raise ValueError(f"{key} and {given[0]} differ, but the model ties them")
+        for key in keys:
+            old = state[key]
+            device = "cpu" if old.device.type == "meta" else old.device
+            read[key] = value.to(device, old.dtype)
+    ignored = [rf"({pattern})" for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    ignored = re.compile("|".join([*ignored, r"rotary_emb\.inv_freq"]))  # of older programs
+    if odd := sorted(key for key in rest.keys() - read.keys() if not ignored.search(key)):
+        raise ValueError(f"{odd[0]} has no place in this {type(model).__name__}")
+    return read
