@@ -122,7 +122,7 @@ def quantize_affine(
     high = groups.amax(1, keepdim=True).float().clamp_(min=0)
     check_finite(weight, torch.maximum(high, -low))
     scale, zero_point = affine_grid(low, high, bits, scale_dtype)
-    divisor, levels = _divisor(scale), 2**bits - 1
+    divisor, levels = nonzero(scale), 2**bits - 1
     codes = torch.empty(groups.shape, dtype=torch.uint8, device=groups.device)
     for rows, columns in pieces(*groups.shape):
         piece = torch.div(groups[rows, columns], divisor[rows]).round_()
@@ -148,7 +148,7 @@ def affine_grid(
     """
     levels = 2**bits - 1
     scale = round_scale((high - low) / levels, high.double() - low, levels, scale_dtype)
-    zero_point = (-low / _divisor(scale)).round_().clamp_(max=levels)
+    zero_point = (-low / nonzero(scale)).round_().clamp_(max=levels)
     ends = torch.maximum(zero_point, levels - zero_point) * scale
     if not ends.isfinite().all():  # the grid reaches up to half a step beyond the weights
         raise ValueError(
@@ -172,7 +172,7 @@ def _absmax(weight, group_size, steps, scale_dtype):
     absmax = absmax.abs().float()  # -amin of zeros is -0
     check_finite(weight, absmax)
     scale = round_scale(absmax / steps, absmax, steps, scale_dtype)
-    divisor = _divisor(scale)
+    divisor = nonzero(scale)
     codes = torch.empty(groups.shape, dtype=torch.int8, device=groups.device)
     for rows, columns in pieces(*groups.shape):
         piece = torch.div(groups[rows, columns], divisor[rows])
@@ -180,7 +180,7 @@ def _absmax(weight, group_size, steps, scale_dtype):
     return scale.view(scale_shape(weight.shape, group_size)), codes
 
 
-def _divisor(scale: torch.Tensor) -> torch.Tensor:
+def nonzero(scale: torch.Tensor) -> torch.Tensor:
     """The scales in float32, with 1 for those of all-zero groups: 0 / 1 is 0, 0 / 0 is not."""
     scale = scale.float()
     return torch.where(scale == 0, 1.0, scale)

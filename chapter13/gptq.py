@@ -1,0 +1,201 @@
+"""GPTQ: round a weight column by column, and let the columns to come make up for each error.
+
+Frantar et al. 2022, https://arxiv.org/abs/2210.17323, with the paper's symbols. The outputs of a
+linear layer on calibration inputs X (in_features, tokens) should stay what they are: minimize
+||W X - Q X||^2, a quadratic form with the Hessian H = 2 X X^T, the same for every row of W. When
+weight w of column j is rounded to q, the best that the columns right of it can do is to move by
+
+    - (w - q) / [H^-1]_jj * [H^-1]_j,j:
+
+(Hassibi & Stork 1993), with H^-1 of the columns that are not rounded yet. The rows of one Cholesky
+factor U, H^-1 = U^T U, hold just these numbers for each j, so nothing is inverted again.
+"""
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+
+from chapter13.integer import affine_grid, nonzero
+from chapter13.packing import check_bits, pack
+from chapter13.tensors import QuantizedTensor, check_finite, check_weight, grouped, scale_shape
+
+BLOCK = 64  # columns after whose rounding all the rest is updated at once
+
+
+def hessian(inputs: torch.Tensor | Iterable[torch.Tensor]) -> torch.Tensor:
+    """H = 2/n * sum of x x^T over n calibration tokens: float32 (in_features, in_features).
+
+    `inputs`: (tokens, in_features) in any floating data type, or several such batches, which need
+    not be in memory together. (Dividing by n changes no code; it keeps H within range.)
+
+    Warns, with the rank, where the inputs do not span the space, because they are too few or too
+    much alike. Raises ValueError for another shape, for no tokens, and for NaN or Inf.
+    """
+    total, n = None, 0
+    for x in [inputs] if isinstance(inputs, torch.Tensor) else inputs:
+        if x.dim() != 2:
+            raise ValueError(f"inputs must have shape (tokens, in_features), not {tuple(x.shape)}")
+        x = x.detach().float()
+        total = x.T @ x if total is None else total.addmm_(x.T, x)
+        n += len(x)
+    if not n:
+        raise ValueError("no calibration tokens reach this layer: give at least one")
+    if not total.isfinite().all():
+        raise ValueError(f"the inputs hold NaN or Inf, or overflow when squared ({n} tokens)")
+    H = total.mul_(2 / n)
+    if not _spans(H):
+        rank = int(torch.linalg.matrix_rank(_correlation(H), hermitian=True))
+        warnings.warn(
+            f"{n} calibration tokens span {rank} of {len(H)} dimensions: what GPTQ moves into the "
+            "others it has never seen. Calibrate with more, and more varied, tokens",
+            stacklevel=2,
+        )
+    return H
+
+
+def quantize(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    bits: int = 4,
+    group_size: int | str | None = 64,
+    symmetric: bool = False,
+    act_order: bool = True,
+    damp: float = 0.01,
+    scale_dtype: torch.dtype = torch.float16,
+) -> QuantizedTensor:
+    """The weight (out_features, in_features) on an affine grid, rounded with regard to `hessian`.
+
+    `hessian`: what `hessian` returns for the layer's inputs, up to a factor. `group_size`: None
+    for a scale per tensor, "channel" for one per row, or the number of neighbours that share one.
+    `symmetric`: the grid from -absmax to absmax, scale 2 absmax / (2**bits - 1), zero point in the
+    middle. `act_order`: columns with the largest inputs first, while most of the others can still
+    make up for them; all scales are then fixed beforehand. Without it a group's scale is taken
+    when its turn comes, from weights that earlier errors have moved. `damp`: what is added to the
+    diagonal of H, as a share of its mean.
+
+    Input channels that are always 0 ("dead") get weight 0. Raises as `quantize_affine`, and
+    ValueError where the Hessian does not fit the weight, holds NaN or Inf, or cannot be inverted.
+    """
+    check_bits(bits)
+    W, H, groups = _checked(weight, hessian, group_size, damp)
+    rows, columns = W.shape
+    size = columns // groups  # columns that share a scale in each row
+
+    # A channel that is always 0 says nothing about its weights, and makes H singular.
+    dead = H.diagonal() == 0
+    H.diagonal()[dead] = 1
+    W = W.masked_fill(dead, 0).T.contiguous()  # a column of the weight lies in one row: fast
+
+    def grid(part):
+        """Scale and zero point, both float32 (rows,), for some columns of each row."""
+        low, high = part.amin(0).clamp_(max=0), part.amax(0).clamp_(min=0)
+        if group_size is None:
+            low, high = low.amin().expand(rows), high.amax().expand(rows)
+        if symmetric:
+            high = torch.maximum(high, -low)
+            low = -high
+        scale, zero = affine_grid(low, high, bits, scale_dtype)
+        return scale.float(), torch.full_like(zero, 2 ** (bits - 1)) if symmetric else zero
+
+    # Static groups: a column keeps the scale of its place, in whatever order it is rounded.
+    grids = [grid(part) for part in W.split(size)]
+    order = torch.arange(columns, device=W.device)
+    if act_order:
+        order = H.diagonal().argsort(descending=True)
+        W, H = W[order], H[order][:, order]
+    U = _factor(H, damp)
+
+    codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
+    group_of = (order // size).tolist()
+    start = 0
+    while start < columns:
+        stop = min(start + BLOCK, columns)
+        if not act_order:  # a block ends with its group, so that the next group is up to date
+            stop = min(stop, (start // size + 1) * size)
+            if start % size == 0:
+                grids[start // size] = grid(W[start : start + size])
+        block, U1 = W[start:stop], U[start:stop, start:stop]
+        errors = torch.empty_like(block)
+        for j in range(stop - start):
+            scale, zero = grids[group_of[start + j]]
+            code = (block[j] / nonzero(scale)).round_().add_(zero).clamp_(0, 2**bits - 1)
+            codes[start + j] = code
+            # The error in units of the column's own leeway. The block's other columns make up
+            # for it at once ...
+            errors[j] = (block[j] - (code - zero) * scale) / U1[j, j]
+            block[j + 1 :].addr_(U1[j, j + 1 :], errors[j], alpha=-1)
+        # ... and all columns after the block in one product of matrices, which is much faster.
+        W[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
+        start = stop
+
+    scales, zeros = (torch.stack(each, dim=1) for each in zip(*grids, strict=True))
+    if group_size is None:
+        scales, zeros = scales[0], zeros[0]
+    return QuantizedTensor(
+        packed=pack(codes[order.argsort()].T.contiguous(), bits),
+        bits=bits,
+        shape=weight.shape,
+        group_size=group_size,
+        stored_scale=scales.to(scale_dtype).view(scale_shape(weight.shape, group_size)),
+        packed_zero_point=pack(zeros.to(torch.uint8), bits),
+    )
+
+
+def layer_loss(weight: torch.Tensor, approximation: torch.Tensor, hessian: torch.Tensor) -> float:
+    """The error of a layer's outputs on calibration inputs: ||(W - Q) X||^2 / ||W X||^2.
+
+    `weight`, `approximation`: (out, in); `hessian`: (in, in). 0 where both are the same.
+    """
+    H = hessian.double()
+    W, difference = weight.double(), weight.double() - approximation.double()
+    error = ((difference @ H) * difference).sum().item()
+    return error / ((W @ H) * W).sum().item() if error else 0.0
+
+
+def _checked(weight, hessian, group_size, damp):
+    """(W in float32, a copy of H, the number of groups in a row); see `quantize` for errors."""
+    weight = check_weight(weight)
+    if weight.dim() != 2:
+        raise ValueError(f"GPTQ needs a weight of shape (out, in), not {tuple(weight.shape)}")
+    grouped(weight, group_size)  # says which group sizes fit
+    check_finite(weight, weight.abs().amax())
+    columns = weight.shape[1]
+    if hessian.shape != (columns, columns):
+        raise ValueError(
+            f"a weight with {columns} input channels needs a Hessian of shape "
+            f"({columns}, {columns}), not {tuple(hessian.shape)}"
+        )
+    if not hessian.isfinite().all():
+        raise ValueError("the Hessian holds NaN or Inf: the calibration inputs did")
+    if not damp >= 0:
+        raise ValueError(f"damp must be 0 or more, not {damp!r}")
+    groups = columns // group_size if isinstance(group_size, int) else 1
+    return weight.float(), hessian.float().clone(), groups
+
+
+def _factor(H: torch.Tensor, damp: float) -> torch.Tensor:
+    """U, upper triangular, with (H + damping)^-1 = U^T U. Raises ValueError if H is singular."""
+    # Damping bounds how far weights move along directions that calibration hardly saw.
+    H.diagonal().add_(damp * H.diagonal().mean())
+    L, failed = torch.linalg.cholesky_ex(H)
+    if failed:
+        rank = int(torch.linalg.matrix_rank(_correlation(H), hermitian=True))
+        raise ValueError(
+            f"the Hessian has rank {rank} of {len(H)} and cannot be inverted: "
+            "calibrate with more tokens, or raise damp (0.01 is usual)"
+        )
+    return torch.linalg.cholesky(torch.cholesky_inverse(L), upper=True)
+
+
+def _spans(H: torch.Tensor) -> bool:
+    """Whether the inputs behind H reach every dimension but those of dead channels."""
+    L, failed = torch.linalg.cholesky_ex(_correlation(H))
+    return not failed and bool((L.diagonal().square() > len(H) * torch.finfo(H.dtype).eps).all())
+
+
+def _correlation(H: torch.Tensor) -> torch.Tensor:
+    """H with all live channels at the same size: large ones would hide the rank of the others."""
+    live = H.diagonal() > 0
+    inverse = torch.where(live, H.diagonal(), 1.0).rsqrt()
+    return H * inverse * inverse[:, None] + torch.diag((~live).to(H.dtype))
