@@ -16,7 +16,18 @@ from chapter13.tensors import QuantizedTensor
 FEW = 4  # rows of input up to which reading the weight takes longer than multiplying with it
 
 
-class QuantizedLinear(nn.Module):
+class KeepsDtypes(nn.Module):
+    """A module that `.to(device)` moves, and whose buffers keep their data types in a cast."""
+
+    def _apply(self, fn, recurse=True):
+        def move(tensor):
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+
+class QuantizedLinear(KeepsDtypes):
     """y = x W^T + b with a quantized W.
 
     `quantized`: shape (out_features, in_features), also where it replaces a `Conv1D`, whose own
@@ -70,15 +81,6 @@ class QuantizedLinear(nn.Module):
         plan = self.plan
         rows = (plan["kind"], plan["bits"], plan["group_size"]) == ("absmax", 8, "channel")
         return rows and x.device.type == "cpu" and (x.dtype == torch.bfloat16 or has_fast_int8())
-
-    def _apply(self, fn, recurse=True):
-        """As nn.Module's, which `.to()` calls, but a cast does not reach the buffers."""
-
-        def move(tensor):
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(move, recurse)
 
     def extra_repr(self) -> str:
         return f"bias={self.bias is not None}, {self.quantized!r}"

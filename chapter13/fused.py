@@ -1,0 +1,148 @@
+"""Kernels that multiply with 4-bit codes as they lie in memory: torch's, and bitsandbytes'.
+
+QuantizedLinear dequantizes before it multiplies. A fused kernel does both at once, in the
+processor's registers, so that it reads 4 bits a weight and nothing else. It pays for that: it wants
+the codes in an order of its own, and computes in bfloat16.
+
+- "absmax" and "affine" with 4 bits: torch has a kernel for its CPUs
+- "nf4" and "fp4": torch has none. bitsandbytes has one for processors with AVX512-BF16; where that
+  is installed, it is borrowed
+"""
+
+import logging
+
+import torch
+from torch import nn
+
+from chapter13.linear import KeepsDtypes, QuantizedLinear
+
+GROUP_SIZES = {  # that the kernels know
+    "integer": (32, 64, 128, 256),
+    "code book": (32, 64, 128, 256, 512, 1024, 2048, 4096),
+}
+_ROWS = {"integer": 16, "code book": 32}  # of the weight, that they take at a time
+
+
+class FusedLinear(KeepsDtypes):
+    """y = x W^T + b by a fused kernel, on a CPU.
+
+    `layer`: a QuantizedLinear, which stays as it is. Its codes are copied into the kernel's order,
+    and its scales (and zero points) rounded to bfloat16. Input (..., in_features) is rounded to
+    bfloat16, the sums are float32, the result is rounded to bfloat16 and has the input's data type.
+
+    Raises ValueError where no kernel takes the layer, and ImportError where it is bitsandbytes'
+    and that is not installed: see `why_not`.
+    """
+
+    def __init__(self, layer: QuantizedLinear):
+        super().__init__()
+        if reason := why_not(layer):
+            raise ValueError(reason)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        quantized = layer.quantized
+        self.group_size = quantized.group_size
+        self.is_code_book = quantized.code_book is not None
+        codes = quantized.codes()
+        # both kernels go along the rows of many output features at a time: the group comes first
+        scale = quantized.scale.float().view(self.out_features, -1).T
+        if self.is_code_book:
+            codes = interleave(codes)
+            self.register_buffer("code_book", quantized.code_book, persistent=False)
+        else:
+            zero_point = quantized.zero_point
+            if zero_point is None:
+                codes, offset = codes + 8, torch.zeros_like(scale)
+            else:  # (code - zero) * scale = (code - 8) * scale + (8 - zero) * scale
+                offset = (8 - zero_point.float().view(self.out_features, -1).T) * scale
+            codes = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+            scale = torch.stack([scale, offset], dim=2)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale.bfloat16().contiguous())
+        self.register_buffer("bias", layer.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"expected (..., {self.in_features}) inputs, not {tuple(x.shape)}")
+        flat = x.reshape(-1, self.in_features).bfloat16()
+        if self.is_code_book:
+            shape = (self.out_features, self.in_features)
+            y = torch.ops.bitsandbytes.gemv_4bit(
+                flat, self.codes, shape, self.scale, self.code_book, self.group_size
+            )
+        else:
+            y = torch._weight_int4pack_mm_for_cpu(flat, self.codes, self.group_size, self.scale)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, group_size={self.group_size}"
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Puts a FusedLinear in the place of every QuantizedLinear of a model; returns the model.
+
+    For inference: a fused model is not saved, save it before. All or none: raises as FusedLinear,
+    naming the layer, before any layer is replaced, and ValueError where there is none.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no quantized layer: quantize_model first")
+    for name, layer in layers.items():
+        if reason := why_not(layer):
+            raise ValueError(f"{name}: {reason}")
+    fused = {name: FusedLinear(layer) for name, layer in layers.items()}
+    for name, layer in fused.items():
+        model.set_submodule(name, layer)
+    return model
+
+
+def why_not(layer: QuantizedLinear) -> str | None:
+    """Why no fused kernel takes this layer; None where one does."""
+    kind, bits, size = (layer.plan[name] for name in ("kind", "bits", "group_size"))
+    family = "integer" if kind in ("absmax", "affine") else "code book"
+    if layer.packed.device.type != "cpu":
+        return f"the fused kernels are for the CPU, the layer is on {layer.packed.device}"
+    if bits != 4:
+        return f"the fused kernels take 4 bits, not {bits}"
+    if size not in GROUP_SIZES[family]:
+        sizes = ", ".join(map(str, GROUP_SIZES[family]))
+        return f"the fused kernel for {kind} takes groups of {sizes}, not {size!r}"
+    if layer.in_features % size:
+        return f"blocks of {size} do not divide in_features = {layer.in_features}"
+    if layer.out_features % _ROWS[family]:
+        rows = _ROWS[family]
+        return f"the fused kernel for {kind} takes {rows} rows, not {layer.out_features}, at a time"
+    if family == "code book" and not _load_bitsandbytes():
+        return "the fused kernel for NF4 and FP4 needs a processor with AVX512-BF16"
+    return None
+
+
+def interleave(codes: torch.Tensor) -> torch.Tensor:
+    """4-bit codes (out, in) in the order of bitsandbytes' kernel: uint8 (out, in / 2).
+
+    Of 32 rows it reads two columns at a time, 64 codes: rows 0 to 15 in the low halves of 32
+    bytes, rows 16 to 31 in the high halves.
+    """
+    out, width = codes.shape
+    pairs = codes.view(out // 32, 2, 16, width // 2, 2).permute(0, 3, 1, 2, 4)
+    low, high = pairs.reshape(-1, 2, 32).unbind(1)
+    return (high << 4 | low).view(out, width // 2)
+
+
+def _load_bitsandbytes() -> bool:
+    """Imports bitsandbytes, which registers its operators; whether it has the kernel here."""
+    # at import it warns that an optional package of further kernels is not there
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        from bitsandbytes.functional import has_avx512bf16
+    except ImportError as error:
+        raise ImportError(
+            "torch has no kernel for NF4 and FP4 on a CPU, and bitsandbytes, whose kernel could "
+            "be borrowed, is not here: pip install bitsandbytes"
+        ) from error
+    finally:
+        logger.setLevel(level)
+    return has_avx512bf16()
