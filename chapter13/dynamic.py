@@ -129,6 +129,8 @@ class Int8Linear(nn.Module):
         self.out_features, self.in_features = weight.shape
         if granularity == "per_tensor":
             codes, scale = quantize_weight_per_tensor(weight)
+            sums = codes.sum(1, dtype=torch.int32)
+            self.register_buffer("row_sums", sums, persistent=False)
         else:
             check_finite(weight, weight.abs().amax())
             codes, scale = quantize_per_token(weight)
@@ -143,8 +145,8 @@ class Int8Linear(nn.Module):
             codes, scale = quantize_per_token(x)
             return int8_matmul(codes, self.codes).float() * scale
         codes, scale, zero_point = quantize_per_tensor(x)
-        shift = zero_point * self.codes.sum(1, dtype=torch.int32)
-        return (int8_matmul(codes, self.codes) - shift).float() * scale
+        shifted = int8_matmul(codes, self.codes) - zero_point * self.row_sums
+        return shifted.float() * scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[-1] != self.in_features:
