@@ -108,10 +108,10 @@ class Walk:
     def visit(self, index: int, change: Callable[[list[str], Iterator[torch.Tensor]], None]):
         """Sends the hidden states through a block, and lets `change` quantize it on the way.
 
-        Before a group of layers (see `groups`) computes, `change(names, inputs)` is called; `inputs`
-        yields what reaches them, (tokens, in_features), batch by batch. The layers it changes then
-        compute with their new weights, so the next group's inputs are those of a block that is
-        quantized so far.
+        Before a group of layers (see `groups`) computes, `change(names, inputs)` is called.
+        `inputs` yields what reaches them, (tokens, in_features), batch by batch. The layers that
+        it changes then compute with their new weights, so the next group's inputs are those of a
+        block that is quantized so far.
 
         The first batch waits at each group while the others follow up to there from the block's
         beginning. Text that fits into one batch passes but once.
@@ -199,7 +199,7 @@ class Walk:
 
 
 def check_tokens(model: nn.Module, tokens: torch.Tensor, what: str = "tokens") -> None:
-    """Raises TypeError or ValueError unless tokens are int64-like (sequences, length) of a model."""
+    """Raises TypeError or ValueError unless these are tokens of a model, (sequences, length)."""
     if not isinstance(tokens, torch.Tensor) or tokens.is_floating_point():
         raise TypeError(f"{what} must be an integer torch.Tensor")
     if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:

@@ -15,7 +15,8 @@ from chapter13 import quantize, quantize_model
 from chapter13.errors import memory_breakdown, model_size_mb
 from chapter13.layers import is_conv1d, linear_layers, weight_of
 from chapter13.linear import QuantizedLinear
-from chapter13.quantize import load_quantized, report, save_quantized
+from chapter13.quantize import report
+from chapter13.storage import load_quantized, save_quantized
 
 METHODS = {
     "absmax": {"bits": 4, "group_size": 32},
@@ -77,7 +78,7 @@ def test_report_counts_what_is_left():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "gptw"}, "method must be one of absmax, affine, nf4, fp4, not 'gptw'"),
+        ({"method": "gptw"}, "method must be one of absmax, affine, nf4, fp4, gptq, not 'gptw'"),
         ({"method": "absmax", "bits": 9}, "bits must be a whole number from 2 to 8, not 9"),
         ({"method": "nf4", "bits": 3}, "nf4 is a table of 16 values: it takes 4 bits, not 3"),
         ({"method": "nf4", "group_size": 0}, "q_proj: block_size must be a positive int, not 0"),

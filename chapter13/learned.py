@@ -1,0 +1,173 @@
+"""GPTQ and AWQ for a whole model: block by block, resumable, and undone where it fails.
+
+What a method needs of the calibration text, and what the next block gets to see, is told in
+`blocks.py`. Here is the frame around it: each block's linear layers become `QuantizedLinear`; each
+finished block can be kept in a file, from which an interrupted run goes on.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from chapter13 import gptq
+from chapter13.blocks import Walk
+from chapter13.layers import is_conv1d, linear_layers, weight_of
+from chapter13.linear import QuantizedLinear
+from chapter13.storage import load_quantized, save_quantized
+from chapter13.tensors import QuantizedTensor
+
+Learn = Callable[[Walk, int, Callable[[str, float], None]], dict[str, QuantizedTensor]]
+
+
+def gptq_block(
+    walk: Walk, index: int, done: Callable[[str, float], None], **options
+) -> dict[str, QuantizedTensor]:
+    """Quantizes a block by GPTQ while the walk goes through it: name -> QuantizedTensor.
+
+    Leaves the dequantized weights in the block's layers. Layers that read the same input share its
+    Hessian. `done(name, loss)` is told each layer's `gptq.layer_loss`; `options` are those of
+    `gptq.quantize`.
+    """
+    block, quantized = walk.blocks[index], {}
+
+    def change(names, inputs):
+        H = gptq.hessian(inputs)
+        for name in names:
+            layer = block.get_submodule(name)
+            weight = weight_of(layer)
+            try:
+                quantized[name] = gptq.quantize(weight, H, **options)
+            except ValueError as error:
+                raise ValueError(f"{walk.name}.{index}.{name}: {error}") from error
+            restored = quantized[name].dequantize()
+            done(name, gptq.layer_loss(weight, restored, H))
+            put_weight(layer, restored)
+
+    walk.visit(index, change)
+    return quantized
+
+
+def put_weight(layer: nn.Module, weight: torch.Tensor) -> None:
+    """Gives a linear layer another weight, (out_features, in_features); the old one stays as is."""
+    weight = weight.T if is_conv1d(layer) else weight
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def quantize_blocks(
+    model: nn.Module,
+    tokens: torch.Tensor,
+    learn: Learn,
+    description: str,
+    progress: bool = True,
+    resume: Path | str | None = None,
+) -> nn.Module:
+    """Puts a QuantizedLinear in the place of every linear layer in the model's blocks.
+
+    `learn(walk, index, done)` quantizes one block as `gptq_block` does. `description`: all that
+    tells this run from others, in words. `resume`: a folder that keeps each finished block; called
+    again with the same model, tokens and description, the run goes on where it ended. With it, the
+    finished blocks are held in these files, not in memory.
+
+    When anything fails, or the reader interrupts, the model is as it was; what stands in the folder
+    stays. Raises ValueError where the folder holds another run.
+    """
+    from tqdm.auto import tqdm
+
+    training = model.training
+    walk = Walk(model, tokens)
+    folder = resume and _open_folder(Path(resume), walk, tokens, description)
+    layers = linear_layers(walk.blocks)
+    undo = []
+    try:
+        with (
+            tqdm(total=len(layers), desc=description, disable=not progress) as bar,
+            warnings.catch_warnings(record=True) as caught,
+        ):
+            warnings.simplefilter("always")
+            for index, block in enumerate(walk.blocks):
+                undo.append(_undo(block))
+                file = folder and folder / f"block-{index:04}.safetensors"
+                if file and file.exists():
+                    bar.update(len(linear_layers(block)))
+                    load_quantized(block, file)
+                    walk.advance(index)
+                    continue
+
+                def done(name, loss, where=f"{walk.name}.{index}"):
+                    bar.set_postfix_str(f"{where}.{name}: loss {loss:.2%}", refresh=False)
+                    bar.update()
+
+                quantized = learn(walk, index, done)
+                linears = linear_layers(block)
+                for name, layer in linears.items():
+                    block.set_submodule(name, QuantizedLinear(quantized[name], layer.bias))
+                if file:  # from here on the block lies in the file, not in memory
+                    save_quantized(block, file)
+                    for name, layer in linears.items():
+                        block.set_submodule(name, layer)
+                    load_quantized(block, file)
+    except BaseException:  # KeyboardInterrupt too
+        for restore in undo:
+            restore()
+        raise
+    finally:
+        model.train(training)
+    if caught:
+        warnings.warn(f"{caught[0].message} ({len(caught)} such warnings)", stacklevel=3)
+    return model
+
+
+def _undo(block: nn.Module) -> Callable[[], None]:
+    """What brings a block back to how it is now. Takes no copy of a weight.
+
+    Norms and biases, which AWQ changes and a file overwrites in place, become copies here.
+    """
+    linears = linear_layers(block)
+    parameters = [
+        (module, name, parameter)
+        for module in block.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    ]
+    for module, name, parameter in parameters:
+        if parameter.dim() < 2:
+            copy = parameter.detach().clone()
+            setattr(module, name, nn.Parameter(copy, requires_grad=parameter.requires_grad))
+
+    def undo():
+        for name, layer in linears.items():
+            block.set_submodule(name, layer)
+        for module, name, parameter in parameters:
+            setattr(module, name, parameter)
+
+    return undo
+
+
+def _open_folder(folder: Path, walk: Walk, tokens: torch.Tensor, description: str) -> Path:
+    """Makes the folder of a run, or makes sure that it is this run's."""
+    digest = hashlib.sha256(repr(tokens.shape).encode() + tokens.cpu().numpy().tobytes())
+    for name, parameter in walk.model.named_parameters():
+        start = parameter.detach().reshape(-1)[:8].float().cpu()  # of each: all would be slow
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + start.numpy().tobytes())
+    run = {"description": description, "model and tokens": digest.hexdigest()}
+    file = folder / "run.json"
+    if file.exists():
+        there = json.loads(file.read_text(encoding="utf-8"))
+        if there != run:
+            raise ValueError(
+                f"{folder} holds the blocks of another run ({there.get('description')}), with "
+                "another model, calibration or options: name another folder, or delete that one"
+            )
+        return folder
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no run: name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f".run.{os.getpid()}.part"
+    part.write_text(json.dumps(run), encoding="utf-8")
+    part.replace(file)
+    return folder
