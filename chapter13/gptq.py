@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 import torch
 
-from chapter13.integer import affine_grid, nonzero
+from chapter13.grids import fit_grid
 from chapter13.packing import check_bits, pack
 from chapter13.tensors import QuantizedTensor, check_finite, check_weight, grouped, scale_shape
 
@@ -58,48 +58,48 @@ def quantize(
     weight: torch.Tensor,
     hessian: torch.Tensor,
     bits: int = 4,
-    group_size: int | str | None = 64,
+    group_size: int | str = 64,
     symmetric: bool = False,
     act_order: bool = True,
     damp: float = 0.01,
+    clip_search: bool = False,
     scale_dtype: torch.dtype = torch.float16,
 ) -> QuantizedTensor:
     """The weight (out_features, in_features) on an affine grid, rounded with regard to `hessian`.
 
-    `hessian`: what `hessian` returns for the layer's inputs, up to a factor. `group_size`: None
-    for a scale per tensor, "channel" for one per row, or the number of neighbours that share one.
+    `hessian`: what `hessian` returns for the layer's inputs, up to a factor. `group_size`:
+    "channel" for one scale per row, or the number of neighbours in a row that share one.
     `symmetric`: the grid from -absmax to absmax, scale 2 absmax / (2**bits - 1), zero point in the
     middle. `act_order`: columns with the largest inputs first, while most of the others can still
     make up for them; all scales are then fixed beforehand. Without it a group's scale is taken
     when its turn comes, from weights that earlier errors have moved. `damp`: what is added to the
-    diagonal of H, as a share of its mean.
+    diagonal of H, as a share of its mean. `clip_search`: try narrower ranges for each scale too,
+    and keep the one with the least squared error, each column's weighted by the diagonal of H.
 
     Input channels that are always 0 ("dead") get weight 0. Raises as `quantize_affine`, and
     ValueError where the Hessian does not fit the weight, holds NaN or Inf, or cannot be inverted.
     """
     check_bits(bits)
-    W, H, groups = _checked(weight, hessian, group_size, damp)
-    rows, columns = W.shape
-    size = columns // groups  # columns that share a scale in each row
+    W, H = _checked(weight, hessian, group_size, damp)
+    columns = W.shape[1]
+    size = columns if group_size == "channel" else group_size
 
     # A channel that is always 0 says nothing about its weights, and makes H singular.
     dead = H.diagonal() == 0
     H.diagonal()[dead] = 1
     W = W.masked_fill(dead, 0).T.contiguous()  # a column of the weight lies in one row: fast
 
-    def grid(part):
-        """Scale and zero point, both float32 (rows,), for some columns of each row."""
-        low, high = part.amin(0).clamp_(max=0), part.amax(0).clamp_(min=0)
-        if group_size is None:
-            low, high = low.amin().expand(rows), high.amax().expand(rows)
-        if symmetric:
-            high = torch.maximum(high, -low)
-            low = -high
-        scale, zero = affine_grid(low, high, bits, scale_dtype)
-        return scale.float(), torch.full_like(zero, 2 ** (bits - 1)) if symmetric else zero
+    importance = H.diagonal().clone()
 
-    # Static groups: a column keeps the scale of its place, in whatever order it is rounded.
-    grids = [grid(part) for part in W.split(size)]
+    def fit(first):
+        """The grid of the group that begins with this column."""
+        part = slice(first, first + size)
+        return fit_grid(
+            W[part], bits, symmetric, scale_dtype, importance[part] if clip_search else None
+        )
+
+    # Static groups: a column keeps the grid of its place, in whatever order it is rounded.
+    grids = [fit(first) for first in range(0, columns, size)]
     order = torch.arange(columns, device=W.device)
     if act_order:
         order = H.diagonal().argsort(descending=True)
@@ -114,24 +114,22 @@ def quantize(
         if not act_order:  # a block ends with its group, so that the next group is up to date
             stop = min(stop, (start // size + 1) * size)
             if start % size == 0:
-                grids[start // size] = grid(W[start : start + size])
+                grids[start // size] = fit(start)
         block, U1 = W[start:stop], U[start:stop, start:stop]
         errors = torch.empty_like(block)
         for j in range(stop - start):
-            scale, zero = grids[group_of[start + j]]
-            code = (block[j] / nonzero(scale)).round_().add_(zero).clamp_(0, 2**bits - 1)
-            codes[start + j] = code
+            grid = grids[group_of[start + j]]
+            codes[start + j] = code = grid.codes(block[j])
             # The error in units of the column's own leeway. The block's other columns make up
             # for it at once ...
-            errors[j] = (block[j] - (code - zero) * scale) / U1[j, j]
+            errors[j] = (block[j] - grid.values(code)) / U1[j, j]
             block[j + 1 :].addr_(U1[j, j + 1 :], errors[j], alpha=-1)
         # ... and all columns after the block in one product of matrices, which is much faster.
         W[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
         start = stop
 
-    scales, zeros = (torch.stack(each, dim=1) for each in zip(*grids, strict=True))
-    if group_size is None:
-        scales, zeros = scales[0], zeros[0]
+    scales = torch.stack([grid.scale for grid in grids], dim=1)
+    zeros = torch.stack([grid.zero for grid in grids], dim=1)
     return QuantizedTensor(
         packed=pack(codes[order.argsort()].T.contiguous(), bits),
         bits=bits,
@@ -154,10 +152,10 @@ def layer_loss(weight: torch.Tensor, approximation: torch.Tensor, hessian: torch
 
 
 def _checked(weight, hessian, group_size, damp):
-    """(W in float32, a copy of H, the number of groups in a row); see `quantize` for errors."""
+    """(W in float32, a copy of H); `quantize` says what is an error."""
     weight = check_weight(weight)
-    if weight.dim() != 2:
-        raise ValueError(f"GPTQ needs a weight of shape (out, in), not {tuple(weight.shape)}")
+    if group_size is None:
+        raise ValueError('GPTQ needs a scale per row at least: group_size="channel", or an int')
     grouped(weight, group_size)  # says which group sizes fit
     check_finite(weight, weight.abs().amax())
     columns = weight.shape[1]
@@ -170,8 +168,7 @@ def _checked(weight, hessian, group_size, damp):
         raise ValueError("the Hessian holds NaN or Inf: the calibration inputs did")
     if not damp >= 0:
         raise ValueError(f"damp must be 0 or more, not {damp!r}")
-    groups = columns // group_size if isinstance(group_size, int) else 1
-    return weight.float(), hessian.float().clone(), groups
+    return weight.float(), hessian.float().clone()
 
 
 def _factor(H: torch.Tensor, damp: float) -> torch.Tensor:
