@@ -6,7 +6,8 @@ the codes in an order of its own, and computes in bfloat16.
 
 - "absmax" and "affine" with 4 bits: torch has a kernel for its CPUs
 - "nf4" and "fp4": torch has none. bitsandbytes has one for processors with AVX512-BF16; where that
-  is installed, it is borrowed
+  is installed, it is borrowed. For other processors bitsandbytes has a compiled dequantization,
+  which is borrowed instead, a few rows at a time; that one computes in the input's data type
 """
 
 import logging
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from chapter13.linear import KeepsDtypes, QuantizedLinear
+from chapter13.tensors import PIECE
 
 GROUP_SIZES = {  # that the kernels know
     "integer": (32, 64, 128, 256),
@@ -29,6 +31,7 @@ class FusedLinear(KeepsDtypes):
     `layer`: a QuantizedLinear, which stays as it is. Its codes are copied into the kernel's order,
     and its scales (and zero points) rounded to bfloat16. Input (..., in_features) is rounded to
     bfloat16, the sums are float32, the result is rounded to bfloat16 and has the input's data type.
+    NF4 and FP4 without AVX512-BF16: nothing is rounded but to the input's data type.
 
     Raises ValueError where no kernel takes the layer, and ImportError where it is bitsandbytes'
     and that is not installed: see `why_not`.
@@ -41,39 +44,58 @@ class FusedLinear(KeepsDtypes):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         quantized = layer.quantized
         self.group_size = quantized.group_size
-        self.is_code_book = quantized.code_book is not None
+        self.kind = layer.plan["kind"]
         codes = quantized.codes()
         # both kernels go along the rows of many output features at a time: the group comes first
         scale = quantized.scale.float().view(self.out_features, -1).T
-        if self.is_code_book:
-            codes = interleave(codes)
+        if quantized.code_book is not None and not _load_bitsandbytes():
+            self.way = "dequantize"
+            codes, scale = quantized.packed.view(self.out_features, -1), scale.T
+        elif quantized.code_book is not None:
+            self.way = "code book"
+            codes, scale = interleave(codes), scale.bfloat16()
             self.register_buffer("code_book", quantized.code_book, persistent=False)
         else:
+            self.way = "integer"
             zero_point = quantized.zero_point
             if zero_point is None:
                 codes, offset = codes + 8, torch.zeros_like(scale)
             else:  # (code - zero) * scale = (code - 8) * scale + (8 - zero) * scale
                 offset = (8 - zero_point.float().view(self.out_features, -1).T) * scale
             codes = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
-            scale = torch.stack([scale, offset], dim=2)
+            scale = torch.stack([scale, offset], dim=2).bfloat16()
         self.register_buffer("codes", codes)
-        self.register_buffer("scale", scale.bfloat16().contiguous())
+        self.register_buffer("scale", scale.contiguous())
         self.register_buffer("bias", layer.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected (..., {self.in_features}) inputs, not {tuple(x.shape)}")
-        flat = x.reshape(-1, self.in_features).bfloat16()
-        if self.is_code_book:
-            shape = (self.out_features, self.in_features)
+        flat, shape = x.reshape(-1, self.in_features), (self.out_features, self.in_features)
+        if self.way == "integer":
+            y = torch._weight_int4pack_mm_for_cpu(
+                flat.bfloat16(), self.codes, self.group_size, self.scale
+            )
+        elif self.way == "code book":
             y = torch.ops.bitsandbytes.gemv_4bit(
-                flat, self.codes, shape, self.scale, self.code_book, self.group_size
+                flat.bfloat16(), self.codes, shape, self.scale, self.code_book, self.group_size
             )
         else:
-            y = torch._weight_int4pack_mm_for_cpu(flat, self.codes, self.group_size, self.scale)
+            y = self._dequantize_and_multiply(flat)
         if self.bias is not None:
             y = y + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _dequantize_and_multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """Some rows of the weight at a time: they are multiplied while they are in the cache."""
+        rows = max(1, PIECE // self.in_features)
+        pieces = []
+        for codes, scale in zip(self.codes.split(rows), self.scale.split(rows), strict=True):
+            weight = torch.ops.bitsandbytes.dequantize_4bit(
+                codes, scale, self.group_size, self.kind, (len(codes), self.in_features), x.dtype
+            )
+            pieces.append(nn.functional.linear(x, weight))
+        return torch.cat(pieces, dim=1)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, group_size={self.group_size}"
@@ -113,8 +135,6 @@ def why_not(layer: QuantizedLinear) -> str | None:
     if layer.out_features % _ROWS[family]:
         rows = _ROWS[family]
         return f"the fused kernel for {kind} takes {rows} rows, not {layer.out_features}, at a time"
-    if family == "code book" and not _load_bitsandbytes():
-        return "the fused kernel for NF4 and FP4 needs a processor with AVX512-BF16"
     return None
 
 
@@ -131,7 +151,7 @@ def interleave(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _load_bitsandbytes() -> bool:
-    """Imports bitsandbytes, which registers its operators; whether it has the kernel here."""
+    """Imports bitsandbytes, which registers its operators; whether it has a fused kernel here."""
     # at import it warns that an optional package of further kernels is not there
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = logger.level

@@ -224,11 +224,26 @@ def test_without_bitsandbytes(monkeypatch):
         FusedLinear(layer)
 
 
-def test_without_the_instructions(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["nf4", "nf4 double", "fp4"])
+@pytest.mark.parametrize("piece", [1, 1 << 12, 1 << 18])
+def test_without_the_instructions(kind, dtype, piece, monkeypatch):
+    """bitsandbytes' dequantization in place of the fused kernel."""
     functional = pytest.importorskip("bitsandbytes.functional")
     monkeypatch.setattr(functional, "has_avx512bf16", lambda: False)
-    layer = QuantizedLinear(quantize_codebook(matrix(32, 64)))
-    assert why_not(layer) == "the fused kernel for NF4 and FP4 needs a processor with AVX512-BF16"
+    monkeypatch.setattr(fused, "PIECE", piece)
+    layer = QuantizedLinear(QUANTIZERS[kind](matrix(96, 256), 64), matrix(96))
+    x = matrix(2, 256).to(dtype)
+    new = FusedLinear(layer)
+    y = new(x)
+    assert torch.equal(new.codes.view(-1), layer.packed)
+    exact = x.double() @ layer.quantized.dequantize().double().T + layer.bias.double()
+    size = x.double().abs() @ layer.quantized.dequantize().double().abs().T + layer.bias.abs()
+    # the weight's, the result's and the sum's roundings to the data type, and those of the
+    # product's 256 additions, in the worst case each to the data type
+    bound = (4 + 256) * torch.finfo(dtype).eps / 2 * size
+    assert y.dtype == dtype
+    assert ((y.double() - exact).abs() <= bound).all()
 
 
 def test_logging_is_left_as_it_was():
