@@ -2,6 +2,8 @@
 # A CPU-only torch on Linux: make lab TORCH_INDEX=<PyTorch's own index for CPU builds, see README.md>
 PYTHON ?= python3
 TORCH_INDEX ?=
+# for `make peers`: AutoGPTQ has wheels for Python 3.10 and 3.11 alone
+PEER_PYTHON ?= $(PYTHON)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,10 +13,10 @@ NOTEBOOKS := $(wildcard notebooks/[0-9][0-9]_*.ipynb)
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-with=tests/nbval_sanitize.cfg
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test data rerun reset lint mutants bench pictures pins clean
+.PHONY: help setup lab test data rerun reset lint mutants bench peers bench-peers pictures pins clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make the virtual environment .venv with the pinned packages
 
@@ -59,13 +61,44 @@ mutants: data ## break the package in many small ways and count what the tests n
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[mutants]'
 	$(BIN)/python tools/mutants.py
 
+peers: .peers/autogptq/installed .peers/gptqmodel/installed ## AutoGPTQ and GPTQModel, each in an environment of its own
+
+# An environment that cannot be had here is said to be missing, and does not stop the other one.
+.peers/autogptq/installed: tools/peers/autogptq.txt
+	@if "$(PEER_PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 10), (3, 11)))'; then \
+		$(MAKE) --no-print-directory install-autogptq; \
+	else \
+		echo "AutoGPTQ is left out: it has wheels for Python 3.10 and 3.11, not for $$("$(PEER_PYTHON)" --version 2>&1)."; \
+		echo "Name one of these, if you have it: make peers PEER_PYTHON=python3.11"; \
+	fi
+
+.peers/gptqmodel/installed: tools/peers/gptqmodel.txt
+	@if command -v cc > /dev/null && "$(PEER_PYTHON)" -c 'import os, sysconfig, sys; \
+			sys.exit(not os.path.exists(sysconfig.get_paths()["include"] + "/Python.h"))'; then \
+		$(MAKE) --no-print-directory install-gptqmodel; \
+	else \
+		echo "GPTQModel is left out: a part of it is compiled, which needs a C compiler and Python's headers:"; \
+		echo "  sudo apt-get install gcc libc6-dev python3-dev"; \
+	fi
+
+# the stamp comes last here too
+install-autogptq install-gptqmodel: install-%:
+	@.peers/$*/bin/python -m pip --version > /dev/null 2>&1 || "$(PEER_PYTHON)" -m venv --clear .peers/$*
+	.peers/$*/bin/python -m pip install $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") \
+		-r tools/peers/$*.txt || { \
+		echo "The installation is not complete: see above. It needs the network; make peers takes it up again."; exit 1; }
+	@touch .peers/$*/installed
+
+bench-peers: data peers ## quantize the whole model with ours and with both libraries, side by side
+	$(BIN)/python tools/bench_peers.py
+
 pictures: data ## take the README's pictures afresh from a running JupyterLab
 	$(BIN)/python -m tools.pictures
 
 pins: setup ## write constraints.txt afresh: the newest versions that install together
 	$(BIN)/python tools/pins.py write
 
-clean: ## remove .venv, caches and what data fetched; notebooks, results and figures stay
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis mutants
+clean: ## remove .venv, .peers, caches and what data fetched; notebooks, results and figures stay
+	rm -rf $(VENV) .peers build *.egg-info .pytest_cache .ruff_cache .hypothesis mutants
 	find chapter13 tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 	test ! -d data || find data -mindepth 1 -maxdepth 1 ! -name results.json ! -name '*.png' -exec rm -rf {} +

@@ -71,7 +71,7 @@ def test_help_is_the_default_and_lists_every_target(folder):
     targets = set(re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split())
     result = make(folder)
     assert result.stdout == make(folder, "help").stdout
-    assert set(re.findall(r"^  make (\w+) +\S.*$", result.stdout, re.MULTILINE)) == targets
+    assert set(re.findall(r"^  make ([\w-]+) +\S.*$", result.stdout, re.MULTILINE)) == targets
     wanted = {"setup", "lab", "test", "data", "rerun", "reset", "lint", "mutants", "bench", "clean"}
     assert wanted <= targets
 

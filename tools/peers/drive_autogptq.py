@@ -9,13 +9,12 @@ refuses to run without CUDA, so the model is loaded by transformers and handed t
 import time
 
 import auto_gptq.modeling._base as base
+import drive
 import torch
 from auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig
 from auto_gptq.modeling.llama import LlamaGPTQForCausalLM
 from auto_gptq.quantization.gptq import GPTQ
 from transformers import AutoModelForCausalLM
-
-import drive
 
 if not torch.cuda.is_available():
     base.CUDA_0 = torch.device("cpu")

@@ -12,9 +12,8 @@ import sys
 import time
 import types
 
-import torch
-
 import drive
+import torch
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(len(os.sched_getaffinity(0))))
 
