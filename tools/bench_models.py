@@ -21,7 +21,10 @@ from statistics import median
 import torch
 
 from chapter13 import models, quantize_model
+from chapter13.dynamic import quantize_dynamic
 from chapter13.errors import memory_breakdown
+from chapter13.fused import fuse
+from chapter13.outliers import quantize_llm_int8
 
 MODELS = {"smollm2-135m": 24, "7B blocks": 12}  # name -> tokens timed
 PROMPT = 16  # tokens before the first timed one
@@ -51,6 +54,21 @@ def ours(method, bits, group_size, dtype=torch.float32, **options):
         return quantize_model(model, method, bits, group_size, progress=False, **options).to(dtype)
 
     return change
+
+
+def fused(method):
+    """Ours in 4 bits with a fused kernel, borrowed for NF4: see chapter13/fused.py."""
+    for logger in BITSANDBYTES_NOISE:
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    return lambda model: fuse(ours(method, 4, 64)(model))
+
+
+def borrowed_dequantization(model):
+    """The same on a processor without AVX512-BF16, whose way others can take too."""
+    from bitsandbytes import functional
+
+    functional.has_avx512bf16 = lambda: False
+    return fused("nf4")(model)
 
 
 def bitsandbytes(bits, plain=False):
@@ -108,19 +126,26 @@ def torchao(name):
     return change
 
 
+# of one format, ours stands before the others'
 FORMATS = {
     "fp32": lambda model: model,
     "bf16": lambda model: model.bfloat16(),
-    "ours int8": ours("absmax", 8, "channel"),
-    "ours int8, bf16 activations": ours("absmax", 8, "channel", torch.bfloat16),
-    "ours int4": ours("absmax", 4, 64),
-    "ours nf4": ours("nf4", 4, 64),
-    "bitsandbytes nf4, fused kernel": bitsandbytes(4),
-    "bitsandbytes nf4, plain": bitsandbytes(4, plain=True),
-    "bitsandbytes int8": bitsandbytes(8),
-    "torch dynamic int8": torch_dynamic,
-    "torchao dynamic int8": torchao("Int8DynamicActivationInt8WeightConfig"),
+    "ours int8 weights": ours("absmax", 8, "channel"),
+    "ours int8 weights, bf16 activations": ours("absmax", 8, "channel", torch.bfloat16),
     "torchao int8 weights": torchao("Int8WeightOnlyConfig"),
+    "ours LLM.int8()": lambda model: quantize_llm_int8(model, progress=False),
+    "bitsandbytes LLM.int8()": bitsandbytes(8),
+    "ours dynamic int8, per tensor": lambda model: quantize_dynamic(model, "per_tensor", False),
+    "torch.ao dynamic int8": torch_dynamic,
+    "ours dynamic int8, per token": lambda model: quantize_dynamic(model, "per_token", False),
+    "torchao dynamic int8": torchao("Int8DynamicActivationInt8WeightConfig"),
+    "ours int4, dequantizing": ours("absmax", 4, 64),
+    "ours int4, fused": fused("absmax"),
+    "ours nf4, dequantizing": ours("nf4", 4, 64),
+    "ours nf4, borrowed dequantization": borrowed_dequantization,
+    "bitsandbytes nf4, plain": bitsandbytes(4, plain=True),
+    "ours nf4, fused (borrowed)": fused("nf4"),
+    "bitsandbytes nf4, fused": bitsandbytes(4),
 }
 
 
@@ -193,7 +218,7 @@ def bench():
     for name in MODELS:
         measured[name] = {}
         for kind in FORMATS:
-            if "fused" in kind and not has_fused_kernel():
+            if "nf4, fused" in kind and not has_fused_kernel():
                 continue
             # three processes, the median: one process may meet a busy moment
             runs = [
