@@ -103,10 +103,12 @@ def quantize_blocks(
                     bar.set_postfix_str(f"{where}.{name}: loss {loss:.2%}", refresh=False)
                     bar.update()
 
+                originals = {name: layer.weight for name, layer in linear_layers(block).items()}
                 quantized = learn(walk, index, done)
                 linears = linear_layers(block)
                 for name, layer in linears.items():
                     block.set_submodule(name, QuantizedLinear(quantized[name], layer.bias))
+                    layer.weight = originals[name]  # `undo` keeps the layer: not with a new weight
                 if file:  # from here on the block lies in the file, not in memory
                     save_quantized(block, file)
                     for name, layer in linears.items():

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -304,3 +305,19 @@ def test_the_real_model_is_nearer_to_full_precision(cut):
     # the paired interval leaves out 0
     assert evaluate.difference(kl[0], kl[1]).interval[0] > 0
     assert evaluate.difference(kl[1], kl[2]).interval[0] > 0
+
+
+def test_a_finished_block_leaves_no_full_weights(monkeypatch, tmp_path):
+    """With 16 bits on disk, a dequantized copy kept for each block would be the whole memory."""
+    put, written = learned.put_weight, []
+
+    def watched(layer, weight):
+        put(layer, weight)
+        alive = [name for name, left in written if left() is not None]
+        assert len(alive) < 7, alive  # at most those of this block
+        written.append((len(written), weakref.ref(layer.weight)))
+
+    monkeypatch.setattr(learned, "put_weight", watched)
+    quantize_model(tiny_llama(), "gptq", resume=tmp_path / "run", **SMALL)
+    assert len(written) == 14
+    assert all(left() is None for _, left in written)
