@@ -225,7 +225,7 @@ def _encode_q4_0(values):
 
 def _encode_q4_1(values):
     low = values.gather(1, values.argmin(1, keepdim=True))  # of zeros of both signs the first
-    scale = (values.amax(1, keepdim=True) - low) / 15
+    scale = (values.amax(1, keepdim=True) - low).abs() / 15  # abs: 0 - 0 may be -0
     codes = _nibbles(_divided(values - low, scale, 0.5))
     return _half(scale, values), _half(low, values), codes
 
