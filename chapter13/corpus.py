@@ -45,8 +45,17 @@ def evaluation_tokens(tokenizer, sequences: int, length: int) -> torch.Tensor:
 
     Raises ValueError when the text has fewer sequences of that length.
     """
-    texts = [article["text"] for article in articles("evaluation")]
-    return _draw(_encode(tokenizer, texts), sequences, length, "evaluation")
+    return encyclopedia_tokens(tokenizer, sequences, length, "evaluation")
+
+
+def encyclopedia_tokens(tokenizer, sequences: int, length: int, lot: str) -> torch.Tensor:
+    """Tokens of one lot of encyclopedia articles, drawn as `evaluation_tokens` draws them.
+
+    Lot "calibration" compares calibrating on such text with calibrating on news; "validation"
+    serves to choose between options. Raises as `articles` and `evaluation_tokens`.
+    """
+    texts = [article["text"] for article in articles(lot)]
+    return _draw(_encode(tokenizer, texts), sequences, length, lot)
 
 
 def calibration_tokens(tokenizer, sequences: int, length: int) -> torch.Tensor:

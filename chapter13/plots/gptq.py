@@ -1,0 +1,299 @@
+"""The pictures of notebook 06: a loss with a valley, Hessians, and what calibration is worth."""
+
+import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.patches import Rectangle
+
+from chapter13.plots.live import LiveFigure
+from chapter13.plots.picture import COLORS, Picture, new_figure, style
+
+NEAREST, LEARNED = COLORS["original"], COLORS["int8"]  # round-to-nearest, and what learns
+PATCHES = 64  # rows and columns of a Hessian's picture, at most
+
+
+def valley(weight, hessian, points, path):
+    """The loss over two weights as ellipses, with the whole numbers as grid.
+
+    weight: (2,), hessian: (2, 2). points: label -> (2,) grid point. path: (2,) points from the
+    weight on, drawn as arrows.
+    """
+    weight, hessian = np.asarray(weight, float), np.asarray(hessian, float)
+    x, y = np.meshgrid(np.linspace(-1.6, 1.6, 161), np.linspace(-1.15, 1.15, 161))
+    offset = np.stack([x, y], -1)
+    loss = np.einsum("...i,ij,...j", offset, hessian, offset)
+    with style():
+        figure, ax = new_figure(10, 4.6)
+        levels = [0.02, 0.09, 0.2, 0.4, 0.7, 1.1, 1.6]
+        ax.contour(x + weight[0], y + weight[1], loss, levels, cmap="cividis", linewidths=1.5)
+        inside = [
+            np.arange(np.ceil(w - r), w + r) for w, r in zip(weight, (1.6, 1.15), strict=True)
+        ]
+        for grid_x in inside[0]:
+            ax.plot([grid_x] * len(inside[1]), inside[1], "o", color=COLORS["original"], ms=9)
+        white = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+        ax.plot(*weight, "X", color=COLORS["text"], ms=13, zorder=4)
+        ax.annotate(
+            "the weights", weight, (16, 4), textcoords="offset points", fontsize=14, bbox=white
+        )
+        for start, end in zip([weight, *path[:-1]], path, strict=True):
+            ax.annotate(
+                "", end, start, arrowprops={"arrowstyle": "-|>", "lw": 2.5, "color": LEARNED}
+            )
+        losses = {}
+        for color, (label, point) in zip((COLORS["error"], LEARNED), points.items(), strict=True):
+            offset = np.asarray(point) - weight
+            losses[label] = offset @ hessian @ offset
+            ax.plot(*point, "o", color=color, ms=13, zorder=4)
+            ax.annotate(
+                f"{label}: loss {losses[label]:.2f}", point, (14, -18), color=color,
+                textcoords="offset points", fontsize=14, weight="bold", bbox=white,
+            )  # fmt: skip
+        ax.set(xlabel="weight 1", ylabel="weight 2", aspect="equal")
+        ax.set(xlim=(weight[0] - 1.6, weight[0] + 1.6), ylim=(weight[1] - 1.15, weight[1] + 1.15))
+        ax.set(xticks=inside[0], yticks=inside[1])
+        ax.grid(False)
+        told = ", ".join(f"{label} {value:.2f}" for label, value in losses.items())
+        return Picture(
+            figure,
+            "The loss over two weights: long narrow ellipses around the weights, a slanting "
+            f"valley. Gray dots are the grid. Loss at two of them: {told}. Arrows lead along the "
+            "valley to the better one.",
+        )
+
+
+def hessians(matrices):
+    """title -> |H| on a logarithmic scale, each over its median diagonal element, side by side.
+
+    Channels stay in their order. A cell is the largest element of its patch.
+    """
+    with style():
+        figure, axes = new_figure(10, 4.4, cols=len(matrices), squeeze=False)
+        told = []
+        for ax, (title, matrix) in zip(axes[0], matrices.items(), strict=True):
+            matrix = np.abs(np.asarray(matrix, float))
+            diagonal = matrix.diagonal()
+            matrix = _largest_of_patches(matrix / np.median(diagonal))
+            image = ax.imshow(
+                matrix, norm=LogNorm(1e-2, 1e4, clip=True), cmap="cividis",
+                interpolation="nearest", extent=(0, len(diagonal), len(diagonal), 0),
+            )  # fmt: skip
+            ax.set(title=title, xlabel="input channel", ylabel="input channel")
+            ax.locator_params(nbins=4)
+            ax.grid(False)
+            power = round(np.log10(diagonal.max() / np.median(diagonal)))
+            told.append(f"{title} some 10^{power} times")
+        figure.colorbar(image, ax=axes, label="|H| / median of its diagonal")
+        return Picture(
+            figure,
+            "The Hessian as a map, on a logarithmic scale: a bright diagonal, and lines where "
+            "loud channels cross all others. The largest element of the diagonal over its median: "
+            f"{', '.join(told)}.",
+        )
+
+
+def _largest_of_patches(matrix):
+    edges = np.linspace(0, len(matrix), min(PATCHES, len(matrix)) + 1).astype(int)[:-1]
+    return np.maximum.reduceat(np.maximum.reduceat(matrix, edges, 0), edges, 1)
+
+
+def damping(damps, losses):
+    """losses: label -> layer loss for each of `damps`, on logarithmic axes."""
+    with style():
+        figure, ax = new_figure(10, 3.6)
+        for color, marker, (label, values) in zip(
+            (LEARNED, COLORS["highlight"]), "os", losses.items(), strict=True
+        ):
+            ax.plot(damps, values, marker=marker, ms=9, color=color, label=label)
+        ax.set(xscale="log", yscale="log", xlabel="damping, share of the mean diagonal")
+        ax.set_ylabel("layer loss")
+        ax.legend()
+        one, other = (np.asarray(values) for values in losses.values())
+        widest = damps[int(np.argmax(np.abs(np.log(one / other))))]
+        return Picture(
+            figure,
+            f"Layer loss against damping, a curve each for {' and '.join(losses)}. They lie "
+            f"farthest apart at {widest:g}.",
+        )
+
+
+def loss_ratios(ratios):
+    """layer -> {label: loss over round-to-nearest's}, a row for each layer, on a logarithmic axis."""
+    with style():
+        figure, ax = new_figure(10, 1.4 + 0.42 * len(ratios))
+        labels = list(next(iter(ratios.values())))
+        for color, marker, label in zip((COLORS["highlight"], LEARNED), "so", labels, strict=True):
+            ax.plot(
+                [each[label] for each in ratios.values()], range(len(ratios)), linestyle="",
+                marker=marker, ms=11, color=color, label=label,
+            )  # fmt: skip
+        ax.axvline(1, color=NEAREST, lw=3, label="round to nearest")
+        ax.set_yticks(range(len(ratios)), list(ratios))
+        ax.set(xscale="log", ylim=(len(ratios) - 0.5, -0.5), xlabel="layer loss / that of rounding")
+        ax.set_xticks([0.01, 0.1, 1], ["0.01", "0.1", "1"])
+        ax.grid(visible=False, axis="y")
+        figure.legend(loc="outside upper center", ncols=3)
+        lowest = [min(ratios, key=lambda name: ratios[name][label]) for label in labels]
+        told = ", ".join(f"{label}, {name}" for label, name in zip(labels, lowest, strict=True))
+        return Picture(
+            figure,
+            "Layer loss over that of rounding to nearest, two dots for each layer. Lowest of all: "
+            f"{told}.",
+        )
+
+
+def method_bars(rows, label="KL to full precision, nats per token"):
+    """name -> (value, low, high): a bar for each method with its interval."""
+    with style():
+        figure, ax = new_figure(10, 1.3 + 0.55 * len(rows))
+        values, lows, highs = np.array(list(rows.values()), float).T
+        colors = [LEARNED if "GPTQ" in name or "AWQ" in name else NEAREST for name in rows]
+        ax.barh(list(rows), values, color=colors, height=0.6)
+        ax.errorbar(
+            values, range(len(rows)), xerr=[values - lows, highs - values], fmt="none",
+            ecolor=COLORS["text"], capsize=4, lw=1.5,
+        )  # fmt: skip
+        for row, (value, high) in enumerate(zip(values, highs, strict=True)):
+            ax.text(high, row, f"  {value:.2f}", va="center", weight="bold")
+        ax.invert_yaxis()
+        ax.grid(visible=False, axis="y")
+        ax.set_xlabel(label)
+        ax.margins(x=0.12)
+        ax.set_xlim(left=0)
+        told = ", ".join(f"{name} {value:.2f}" for name, value in zip(rows, values, strict=True))
+        return Picture(figure, f"Bars with 95% intervals: {told}.")
+
+
+def amounts(curves, lines):
+    """KL against the number of calibration sequences.
+
+    curves: kind of text -> {sequences: KL}; lines: label -> KL of what needs no calibration.
+    """
+    with style():
+        figure, ax = new_figure(10, 4)
+        for color, marker, (label, points) in zip(
+            (LEARNED, COLORS["highlight"]), "os", curves.items(), strict=True
+        ):
+            ax.plot(list(points), list(points.values()), marker=marker, ms=9, color=color,
+                    label=label)  # fmt: skip
+        for style_, (label, value) in zip(("--", ":"), lines.items(), strict=True):
+            ax.axhline(value, color=COLORS["original"], ls=style_, label=label)
+        counts = sorted({count for points in curves.values() for count in points})
+        ax.set(xscale="log", xlabel="calibration sequences of 256 tokens", ylim=(0, None))
+        ax.set_xticks(counts, [f"{count}" for count in counts])
+        ax.minorticks_off()
+        ax.set_ylabel("KL to full precision")
+        ax.legend(loc="lower left", ncols=2)
+        told = "; ".join(
+            f"{label} from {points[min(points)]:.2f} with {min(points)} to "
+            f"{points[max(points)]:.2f} with {max(points)}"
+            for label, points in curves.items()
+        )
+        others = ", ".join(f"{label} {value:.2f}" for label, value in lines.items())
+        return Picture(
+            figure, f"KL against calibration sequences: {told}. For comparison {others}."
+        )
+
+
+class ColumnsFigure(LiveFigure):
+    """Shows an `explorers.gptq.ColumnsView` of a matrix (rows, columns) with numbers in its cells.
+
+    Rounded columns are blue. Below it what was added to each weight; right the loss so far.
+    """
+
+    def __init__(self, rows, columns):
+        super().__init__(width=10, height=4.3, cols=2, width_ratios=[3, 2])
+        matrix, loss = self.axes
+        self._shape = rows, columns
+        gap = 1.3  # between the two matrices, in rows
+        with style():
+            matrix.set(xlim=(0, columns), ylim=(2 * rows + gap, -0.8), xticks=[], yticks=[])
+            matrix.grid(False)
+            matrix.spines[:].set_visible(False)
+            for top, words in ((0, "the weights now"), (rows + gap, "added so far")):
+                matrix.text(0, top - 0.25, words, fontsize=14, weight="bold", va="bottom")
+            self._cells, self._numbers = [], []
+            for top in (0, rows + gap):
+                for row, column in np.ndindex(rows, columns):
+                    cell = Rectangle((column, top + row), 1, 1, edgecolor="white", lw=2)
+                    self._cells.append(matrix.add_patch(cell))
+                    self._numbers.append(
+                        matrix.text(column + 0.5, top + row + 0.53, "", ha="center", va="center",
+                                    fontsize=12)
+                    )  # fmt: skip
+            x = np.arange(columns + 1)
+            loss.set(xlim=(-0.3, columns + 0.3), ylim=(-0.03, 1.25), xlabel="columns rounded")
+            loss.set(ylabel="loss (round to nearest = 1)", xticks=x)
+            self._curves = []
+            for color, marker, label in (
+                (NEAREST, "s", "round to nearest"),
+                (LEARNED, "o", "GPTQ"),
+            ):
+                (line,) = loss.plot(x, x * np.nan, marker=marker, ms=8, color=color, label=label)
+                self._curves.append(line)
+            loss.legend(loc="upper left")
+            self.animate(*self._cells, *self._numbers, *self._curves)
+
+    def update(self, view):
+        rows, columns = self._shape
+        top = np.abs(view.moved).max() or 1.0
+        values = [*view.weights.ravel(), *view.moved.ravel()]
+        for place, (cell, number, value) in enumerate(
+            zip(self._cells, self._numbers, values, strict=True)
+        ):
+            column = place % columns
+            rounded, moves = column < view.column, place >= rows * columns
+            if moves:
+                cell.set(facecolor=COLORS["error" if rounded else "int4"])
+                cell.set_alpha(0.1 + 0.7 * min(abs(value) / top, 1))
+            else:
+                cell.set(facecolor=LEARNED if rounded else COLORS["grid"])
+                cell.set_alpha(0.35 if rounded else 0.5)
+            text = f"{value:+.2f}" if moves else f"{value:.2f}"
+            number.set_text("" if moves and abs(value) < 0.005 else text.replace("-", "−"))
+            number.set_fontweight("bold" if column == view.column - 1 else "normal")
+        for line, losses in zip(self._curves, (view.nearest_losses, view.losses), strict=True):
+            line.set_ydata(losses)
+
+
+class LayerFigure(LiveFigure):
+    """Shows an `explorers.gptq.LayerView`: losses at the left, errors by channel at the right."""
+
+    def __init__(self):
+        super().__init__(width=10, height=3.9, cols=2)
+        loss, channels = self.axes
+        with style():
+            texts = ["calibration", "held-out"]
+            rows = np.arange(2)
+            self._nearest = loss.barh(rows - 0.2, [1, 1], color=NEAREST, height=0.36)
+            self._method = loss.barh(rows + 0.2, [1, 1], color=LEARNED, height=0.36)
+            self._numbers = [loss.text(1, 0, "", va="center", fontsize=12) for _ in range(4)]
+            loss.set(xscale="log", xlim=(1e-7, 30), ylim=(1.6, -0.6), xlabel="layer loss")
+            loss.set_yticks(rows, texts)
+            loss.set_xticks([1e-6, 1e-4, 1e-2, 1])
+            loss.minorticks_off()
+            loss.grid(visible=False, axis="y")
+            loss.set_title("error of the outputs, on two texts")
+            channels.set(yscale="log", ylim=(1e-3, 3), xlim=(0, 1), xticks=[0, 0.5, 1])
+            channels.set_xticklabels(["loudest", "input channels", "quietest"])
+            channels.get_xticklabels()[0].set_ha("left")
+            channels.get_xticklabels()[2].set_ha("right")
+            channels.set_title("error of the weights, over their RMS")
+            self._curves = [
+                channels.plot([], [], color=color, lw=width, label=label)[0]
+                for color, width, label in (
+                    (NEAREST, 4, "round to nearest"),
+                    (LEARNED, 2.5, "these settings"),
+                )
+            ]
+            channels.legend(loc="lower right")
+            self.animate(*self._nearest, *self._method, *self._numbers, *self._curves)
+
+    def update(self, view):
+        bars = [*self._nearest, *self._method]
+        for bar, number, value in zip(bars, self._numbers, view.losses.ravel(), strict=True):
+            shown = min(max(value, 1e-7), 1)
+            bar.set_width(shown)
+            number.set(x=shown * 1.3, y=bar.get_y() + bar.get_height() / 2, text=f"{value:.2g}")
+        x = (np.arange(view.errors.shape[1]) + 0.5) / view.errors.shape[1]
+        for curve, errors in zip(self._curves, view.errors, strict=True):
+            curve.set_data(x, np.maximum(errors, 1e-9))
