@@ -1,6 +1,7 @@
 """AWQ against a plain float64 search, the published grid, and the function it must not change."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -277,6 +278,55 @@ def test_cuts_end_where_float16_does():
     assert (awq.search_clip(w, x, 4, 16) == 1.3e-5).all()
     with pytest.raises(ValueError, match=r"use scale_dtype=torch\.float32"):
         awq.search_clip(w / 100, x, 4, 16)
+
+
+# --- AutoAWQ, whose searches were recorded by tools/awq_vectors.py ---------------------------
+
+
+@pytest.fixture(scope="module")
+def autoawq():
+    from safetensors import safe_open
+
+    with safe_open(Path(__file__).parent / "awq_vectors" / "autoawq.safetensors", "pt") as file:
+        assert file.metadata()["autoawq"] == "0.2.9"
+        return {key: file.get_tensor(key) for key in file.keys()}
+
+
+CASES = pytest.mark.parametrize(
+    ("case", "bits", "group_size"), [("4-bit", 4, 16), ("3-bit", 3, 32), ("channel", 4, "channel")]
+)
+
+
+@CASES
+def test_the_grid_is_autoawq_s(autoawq, case, bits, group_size):
+    w = autoawq[f"{case} weight"]
+    ours = quantize_affine(w, bits, group_size, torch.float32)
+    scale, zero = autoawq[f"{case} scale"], autoawq[f"{case} zero"]
+    groups = w.view(*scale.shape, -1)
+    both = (groups.amin(2) <= 0) & (groups.amax(2) >= 0)
+    assert (~both).sum() == {"4-bit": 1, "3-bit": 0, "channel": 0}[case]
+    assert torch.equal(ours.scale.view_as(scale)[both], scale[both])
+    assert torch.equal(ours.zero_point.view_as(zero)[both].float(), zero[both])
+    theirs = autoawq[f"{case} rounded"].view_as(groups)
+    assert torch.equal(ours.dequantize().view_as(groups)[both], theirs[both])
+
+
+@CASES
+def test_scales_are_autoawq_s(autoawq, case, bits, group_size):
+    x, w = autoawq["x"], autoawq[f"{case} weight"]
+    found = awq.search_scale(
+        x.abs().mean(0), [w], lambda tried: [x @ tried[0].T], bits, group_size, torch.float32
+    )
+    # the same r, and a power that another version of torch may round otherwise
+    assert torch.allclose(found.s, autoawq[f"{case} s"], rtol=8 * 2**-24, atol=0)
+    assert found.r > 0  # or this data tests nothing
+
+
+@CASES
+def test_cuts_are_autoawq_s(autoawq, case, bits, group_size):
+    w = autoawq[f"{case} weight"]
+    limit = awq.search_clip(w, autoawq["x"], bits, group_size, torch.float32)
+    assert torch.equal(limit, autoawq[f"{case} limit"])
 
 
 # --- folding ---------------------------------------------------------------------------------
