@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from chapter13.dynamic import quantize_per_token
 from chapter13.static import (
     BINS,
     StaticInt8Linear,
@@ -90,6 +91,70 @@ def test_mse_is_the_best_candidate_on_the_numbers_themselves():
     chosen = error(statistics.clip("mse"))
     assert chosen <= best + 2 * blur
     assert chosen < error(statistics.absmax)
+
+
+NORMAL = torch.randn(64, 256, generator=generator())
+INPUTS = {
+    "normal": NORMAL,
+    "long tails": NORMAL**3,
+    "longer tails": NORMAL**5,
+    "an outlier channel": torch.where(torch.arange(256) == 7, 40 * NORMAL, NORMAL),
+    "a massive token": torch.cat([1000 * NORMAL[:1], NORMAL[1:]]),
+    "one-sided": NORMAL.relu(),
+    "shifted": NORMAL + 3,
+    "tiny": NORMAL * 1e-9,
+    "zeros": torch.zeros(64, 256),
+}
+
+
+def observed(make, *batches, **options):
+    """The scale of an observer of torch.ao, symmetric and of 8 bits, after these batches."""
+    observer = make(dtype=torch.qint8, **options)
+    for batch in batches:
+        observer(batch)
+    scale, zero_point = observer.calculate_qparams()
+    assert not zero_point.any()
+    return scale
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_minmax_as_torch_ao(name):
+    from torch.ao.quantization.observer import MinMaxObserver
+
+    batches = INPUTS[name].split(16)
+    theirs = observed(MinMaxObserver, *batches, qscheme=torch.per_tensor_symmetric)
+    clip = seen(*batches).clip() or 1e-30  # zeros: both take the smallest scale
+    assert StaticInt8Linear(torch.ones(1, 256), None, clip).activation_scale == theirs
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, torch.quantize_per_channel")
+def test_weights_as_torch_ao():
+    from torch.ao.quantization.observer import PerChannelMinMaxObserver
+
+    weight = torch.stack([rows[0] for rows in INPUTS.values()])
+    theirs = observed(PerChannelMinMaxObserver, weight, qscheme=torch.per_channel_symmetric)
+    codes, scale = quantize_per_token(weight)
+    assert torch.equal(scale.view(-1), theirs)
+    zero_points = torch.zeros(len(weight))
+    quantized = torch.quantize_per_channel(weight, theirs, zero_points, 0, torch.qint8)
+    assert torch.equal(quantized.int_repr(), codes)
+
+
+@pytest.mark.parametrize("name", [n for n in INPUTS if n not in ("tiny", "zeros")])
+def test_mse_loses_no_more_than_torch_ao_histogram_observer(name):
+    """Not the same end of the grid, but on these inputs never a worse one."""
+    from torch.ao.quantization.observer import HistogramObserver
+
+    inputs = INPUTS[name]
+    theirs = observed(HistogramObserver, *inputs.split(16), qscheme=torch.per_tensor_symmetric)
+
+    def error(scale):
+        restored = (inputs.double() / scale).round().clamp(-128, 127) * scale
+        return (restored - inputs).norm()
+
+    statistics = seen(*inputs.split(16))
+    assert error(statistics.clip("mse") / 127.5) <= error(theirs.item())
+    assert statistics.clip("mse") < statistics.absmax
 
 
 @pytest.mark.parametrize(
