@@ -3,9 +3,11 @@
 Weights come from safetensors files alone: they hold numbers, where a pickle may hold a program.
 """
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from chapter13.convert import silence_torchao
 from chapter13.download import GGUF, require
@@ -15,15 +17,19 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 HUB_TIMEOUT = 5  # seconds
 
 
-def load(name: str = EMBEDDED, device: str | torch.device | None = None):
+def load(name: str = EMBEDDED, device: str | torch.device | None = None, mapped: bool = False):
     """A causal language model in float32, ready to evaluate, and its tokenizer.
 
     `name`: "smollm2-135m", the embedded model, for which no network is touched; else the id of a
     model on the Hugging Face hub, such as "gpt2", or a folder that holds one.
     `device`: None takes the GPU when there is one, else the CPU.
+    `mapped`: keep the data type that the checkpoint says it has, and compute in float32 all the
+    same (see `computes_in_float32`). The cast takes time at each use, but no memory: on the CPU a
+    checkpoint in 16 bits, in one file or many, then stays where it is, on the disk.
 
-    Returns (model, tokenizer), as transformers' Auto classes make them. On the CPU the weights are
-    views of the mapped file, which programs that run side by side share in memory.
+    Returns (model, tokenizer), as transformers' Auto classes make them. On the CPU the weights of a
+    float32 checkpoint are views of the mapped file, which programs that run side by side share in
+    memory.
 
     Raises FileNotFoundError when the embedded model was not fetched yet, ConnectionError when the
     hub is out of reach and has not been asked for this model before, OSError (by transformers) when
@@ -31,24 +37,91 @@ def load(name: str = EMBEDDED, device: str | torch.device | None = None):
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    with _found(name) as (source, safe):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(source, **safe)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype="auto" if mapped else torch.float32, use_safetensors=True, **safe
+        )
+    model = model.to(device).eval()
+    return computes_in_float32(model) if mapped else model, tokenizer
+
+
+def skeleton(name: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model of the shape that a model's `config.json` describes, its weights in no memory yet.
+
+    Parameters are on torch's "meta" device, buffers are real. `name`: as `load` takes it; nothing
+    but the configuration is read or fetched. Raises as `load`.
+    """
+    with _found(str(name)) as (source, safe):
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+        config = AutoConfig.from_pretrained(source, **safe)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # it will not be quantized in transformers' sense
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        if (Path(source) / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(source, **safe)
+    model.tie_weights()
+    return model.eval()
+
+
+def computes_in_float32(model: nn.Module) -> nn.Module:
+    """Lets a model with weights in float16 or bfloat16 compute in float32; returns the model.
+
+    Each module's own weights are cast while it computes, and the copies are gone afterwards: one
+    layer at a time. Embeddings are looked up first and cast then. So Llama and GPT-2 compute, bit
+    for bit, what they would with all weights cast to float32.
+    """
+    for module in model.modules():
+        if any(map(_narrow, module.parameters(recurse=False))):
+            if isinstance(module, nn.Embedding):
+                module.register_forward_hook(lambda module, args, out: out.float())
+            else:
+                _casts_its_own(module)
+    return model
+
+
+def _casts_its_own(module: nn.Module) -> None:
+    stored: dict[str, nn.Parameter] = {}
+
+    def widen(module, args):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if _narrow(parameter):
+                stored[name] = parameter
+                setattr(module, name, nn.Parameter(parameter.float(), requires_grad=False))
+
+    def restore(module, args, out):
+        while stored:
+            setattr(module, *stored.popitem())
+
+    module.register_forward_pre_hook(widen)
+    module.register_forward_hook(restore, always_call=True)
+
+
+def _narrow(parameter: torch.Tensor) -> bool:
+    return parameter.dtype in (torch.float16, torch.bfloat16)
+
+
+@contextmanager
+def _found(name: str):
+    """(what transformers is to load, how) for a model's name; its errors in our words."""
     if name == EMBEDDED:
         source, local = str(require(EMBEDDED)), True
     else:
         source, local = name, Path(name).is_dir() or not _hub_answers(name)
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    silence_torchao()  # before transformers comes in
     from transformers.utils import logging
 
-    silence_torchao()
-    safe = {"trust_remote_code": False, "local_files_only": local}
     bars = logging.is_progress_bar_enabled()
     if local:
         logging.disable_progress_bar()  # over before it can be read
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **safe)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, **safe
-        )
+        yield source, {"trust_remote_code": False, "local_files_only": local}
     except OSError as error:
         if not local or Path(source).is_dir():
             raise
@@ -59,7 +132,6 @@ def load(name: str = EMBEDDED, device: str | torch.device | None = None):
     finally:
         if bars:
             logging.enable_progress_bar()
-    return model.to(device).eval(), tokenizer
 
 
 def _hub_answers(name: str) -> bool:

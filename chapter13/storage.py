@@ -44,8 +44,9 @@ def save_quantized(model: nn.Module, path: Path | str) -> None:
 def load_quantized(model: nn.Module, path: Path | str) -> nn.Module:
     """Gives a model the weights of a file that `save_quantized` wrote; returns the model.
 
-    `model`: of the same architecture, its linear layers still unquantized. All is compared before
-    anything is changed. Raises ValueError where the file is not such a one, or not of this model:
+    `model`: of the same architecture, its linear layers still unquantized; one without memory, as
+    `models.skeleton` makes it, then holds the mapped file. All is compared before anything is
+    changed. Raises ValueError where the file is not such a one, or not of this model:
     which layer, and what differs.
     """
     from safetensors import SafetensorError, safe_open
@@ -70,21 +71,25 @@ def load_quantized(model: nn.Module, path: Path | str) -> nn.Module:
             shape = list(weight_of(layer).shape)
             raise ValueError(f"{name} has shape {shape}, in {path} {plans[name]['shape']}")
     rest = {key: t for key, t in tensors.items() if key.rpartition(".")[0] not in layers}
-    state = model.state_dict()
+    state = model.state_dict(keep_vars=True)  # weights with two names are one object
     for key, tensor in rest.items():
         if key not in state or state[key].shape != tensor.shape:
             raise ValueError(f"{path} holds {key} {list(tensor.shape)}, which does not fit here")
-    given = {state[key].data_ptr() for key in rest}
+    given = {id(state[key]) for key in rest}
     missing = [
         key
         for key, tensor in state.items()
-        if key.rpartition(".")[0] not in layers and tensor.data_ptr() not in given
+        if key.rpartition(".")[0] not in layers and id(tensor) not in given
     ]
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} tensors of this model, first {missing[0]}")
     device = next(model.parameters()).device
-    replace_layers(model, lambda name, _: new[name].to(device), progress=False)
-    model.load_state_dict(rest, strict=False)
+    hollow = device.type == "meta"
+    place = "cpu" if hollow else device
+    replace_layers(model, lambda name, _: new[name].to(place), progress=False)
+    model.load_state_dict(rest, strict=False, assign=hollow)
+    if hollow:
+        model.tie_weights()
     return model
 
 

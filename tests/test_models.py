@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 import httpx
 import pytest
@@ -14,6 +15,8 @@ import torch
 import transformers
 from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
+from test_outliers import tiny_gpt2
+from test_static import tiny_llama
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -279,3 +282,61 @@ def test_progress_bars_are_as_they_were(tiny):
     before = logging.is_progress_bar_enabled()
     models.load(str(folder))
     assert logging.is_progress_bar_enabled() == before
+
+
+def sharded(folder, make, dtype):
+    """Writes a model in several files, with a tokenizer of a few words."""
+    model = make().to(dtype)
+    model.save_pretrained(folder, max_shard_size="50KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(20)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_a_mapped_model_computes_in_float32_as_it_lies_on_disk(tmp_path, make, dtype, no_network):
+    sharded(tmp_path, make, dtype)
+    expected, _ = models.load(str(tmp_path), device="cpu")
+    model, _ = models.load(str(tmp_path), device="cpu", mapped=True)
+    before = dict(model.named_parameters())
+    tokens = torch.randint(100, (2, 12), generator=torch.Generator().manual_seed(13))
+    for mode in torch.no_grad, torch.inference_mode:
+        with mode():
+            logits = model(tokens).logits
+            assert logits.dtype == torch.float32
+            assert torch.equal(logits, expected(tokens).logits)
+    for name, parameter in model.named_parameters():
+        assert parameter is before[name]
+        assert parameter.dtype == dtype
+    assert model.get_input_embeddings().weight.dtype == dtype
+    if LINUX:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        ranges = [
+            [int(end, 16) for end in line.split()[0].split("-")]
+            for line in maps
+            if line.endswith(".safetensors") and str(tmp_path) in line
+        ]
+        for name, parameter in before.items():
+            assert any(a <= parameter.data_ptr() < b for a, b in ranges), name
+
+
+def test_a_failing_layer_gets_its_weight_back():
+    layer = torch.nn.Linear(4, 4).bfloat16()
+    weight = layer.weight
+    models.computes_in_float32(layer)
+    with pytest.raises(RuntimeError):
+        layer(torch.zeros(2, 3))
+    assert layer.weight is weight
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_a_skeleton_has_the_shapes_and_no_memory(tmp_path, make, no_network):
+    make().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    hollow = models.skeleton(tmp_path)
+    assert {parameter.device.type for parameter in hollow.parameters()} == {"meta"}
+    shapes = {name: p.shape for name, p in make().named_parameters()}
+    assert {name: p.shape for name, p in hollow.named_parameters()} == shapes
+    assert not hollow.training

@@ -11,7 +11,7 @@ from test_outliers import tiny_gpt2
 from test_static import TOKENS, tiny_llama
 from torch import nn
 
-from chapter13 import quantize, quantize_model
+from chapter13 import models, quantize, quantize_model
 from chapter13.errors import memory_breakdown, model_size_mb
 from chapter13.layers import is_conv1d, linear_layers, weight_of
 from chapter13.linear import QuantizedLinear
@@ -171,6 +171,22 @@ def test_saved_and_loaded_to_the_bit(make, method, tmp_path):
         assert torch.equal(one, two)
     assert torch.equal(run(model), run(fresh))
     assert [each.name for each in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_skeleton_holds_the_mapped_file(make, tied, tmp_path):
+    model = make()
+    model.config.tie_word_embeddings = tied
+    model.config.save_pretrained(tmp_path)
+    model = type(model)(model.config).eval()
+    quantize_model(model, "nf4", progress=False, double_quant=True)
+    save_quantized(model, tmp_path / "file")
+    hollow = load_quantized(models.skeleton(tmp_path), tmp_path / "file")
+    assert {tensor.device.type for tensor in hollow.state_dict().values()} == {"cpu"}
+    assert torch.equal(run(model), run(hollow))
+    head, embedding = hollow.get_output_embeddings(), hollow.get_input_embeddings()
+    assert (head.weight is embedding.weight) == tied
 
 
 def test_size_is_that_of_the_file(tmp_path):
