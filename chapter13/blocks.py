@@ -48,6 +48,12 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return found
 
 
+def outside_blocks(model: nn.Module) -> list[str]:
+    """The names of the linear layers, but the head, that no block holds: OPT-350m has two."""
+    blocks, _ = find_blocks(model)
+    return [name for name in linear_layers(model) if not name.startswith(f"{blocks}.")]
+
+
 class Walk:
     """Calibration text on its way through the blocks of a model, one block after the other.
 

@@ -2,7 +2,8 @@
 
 What a method needs of the calibration text, and what the next block gets to see, is told in
 `blocks.py`. Here is the frame around it: each block's linear layers become `QuantizedLinear`; each
-finished block can be kept in a file, from which an interrupted run goes on.
+finished block can be kept in a file, from which an interrupted run goes on. Methods that only
+round may go the same way, without any text: then a model need not fit into memory.
 """
 
 import hashlib
@@ -16,13 +17,24 @@ import torch
 from torch import nn
 
 from chapter13 import gptq
-from chapter13.blocks import Walk
+from chapter13.blocks import Walk, find_blocks
 from chapter13.layers import is_conv1d, linear_layers, weight_of
 from chapter13.linear import QuantizedLinear
 from chapter13.storage import load_quantized, save_quantized
 from chapter13.tensors import QuantizedTensor
 
 Learn = Callable[[Walk, int, Callable[[str, float], None]], dict[str, QuantizedTensor]]
+
+
+class Unread:
+    """What stands for a `Walk` where no text is read: the blocks alone."""
+
+    def __init__(self, model: nn.Module):
+        self.name, self.blocks = find_blocks(model)
+        self.model = model.eval()
+
+    def advance(self, index: int) -> None:
+        """Nothing passes through."""
 
 
 def gptq_block(
@@ -61,7 +73,7 @@ def put_weight(layer: nn.Module, weight: torch.Tensor) -> None:
 
 def quantize_blocks(
     model: nn.Module,
-    tokens: torch.Tensor,
+    tokens: torch.Tensor | None,
     learn: Learn,
     description: str,
     progress: bool = True,
@@ -69,7 +81,8 @@ def quantize_blocks(
 ) -> nn.Module:
     """Puts a QuantizedLinear in the place of every linear layer in the model's blocks.
 
-    `learn(walk, index, done)` quantizes one block as `gptq_block` does. `description`: all that
+    `learn(walk, index, done)` quantizes one block as `gptq_block` does. `tokens`: calibration text,
+    or None for a method that reads none, to which an `Unread` is given. `description`: all that
     tells this run from others, in words. `resume`: a folder that keeps each finished block; called
     again with the same model, tokens and description, the run goes on where it ended. With it, the
     finished blocks are held in these files, not in memory.
@@ -80,7 +93,7 @@ def quantize_blocks(
     from tqdm.auto import tqdm
 
     training = model.training
-    walk = Walk(model, tokens)
+    walk = Unread(model) if tokens is None else Walk(model, tokens)
     folder = resume and _open_folder(Path(resume), walk, tokens, description)
     layers = linear_layers(walk.blocks)
     undo = []
@@ -99,8 +112,9 @@ def quantize_blocks(
                     walk.advance(index)
                     continue
 
-                def done(name, loss, where=f"{walk.name}.{index}"):
-                    bar.set_postfix_str(f"{where}.{name}: loss {loss:.2%}", refresh=False)
+                def done(name, loss=None, where=f"{walk.name}.{index}"):
+                    text = f"{where}.{name}" if loss is None else f"{where}.{name}: loss {loss:.2%}"
+                    bar.set_postfix_str(text, refresh=False)
                     bar.update()
 
                 originals = {name: layer.weight for name, layer in linear_layers(block).items()}
@@ -150,9 +164,13 @@ def _undo(block: nn.Module) -> Callable[[], None]:
     return undo
 
 
-def _open_folder(folder: Path, walk: Walk, tokens: torch.Tensor, description: str) -> Path:
+def _open_folder(
+    folder: Path, walk: Walk | Unread, tokens: torch.Tensor | None, description: str
+) -> Path:
     """Makes the folder of a run, or makes sure that it is this run's."""
-    digest = hashlib.sha256(repr(tokens.shape).encode() + tokens.cpu().numpy().tobytes())
+    digest = hashlib.sha256()
+    if tokens is not None:
+        digest.update(repr(tokens.shape).encode() + tokens.cpu().numpy().tobytes())
     for name, parameter in walk.model.named_parameters():
         start = parameter.detach().reshape(-1)[:8].float().cpu()  # of each: all would be slow
         digest.update(f"{name} {tuple(parameter.shape)}".encode() + start.numpy().tobytes())

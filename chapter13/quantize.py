@@ -10,12 +10,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from chapter13.blocks import outside_blocks
 from chapter13.codebook import CODE_BOOKS, quantize_codebook
 from chapter13.integer import quantize_absmax, quantize_affine
 from chapter13.layers import linear_layers, replace_layers, weight_of
 from chapter13.learned import gptq_block, quantize_blocks
 from chapter13.linear import QuantizedLinear
 from chapter13.packing import check_bits
+from chapter13.tensors import QuantizedTensor
 
 ROUNDING = ("absmax", "affine", "nf4", "fp4")
 LEARNED = {"gptq": gptq_block}
@@ -41,20 +43,24 @@ def quantize_model(
     - "gptq", which learns from `calibration`, int64 tokens (sequences, length); options:
       those of `gptq.quantize`. It reaches the layers in the model's blocks
 
-    `resume`: for methods that learn, a folder that keeps finished blocks: after an interruption
-    the same call goes on from there.
+    `resume`: a folder that keeps finished blocks: after an interruption the same call goes on from
+    there. The model's blocks then lie in its files, not in memory.
 
     Changes the model in place and returns it. `report(model)` says what was quantized and what was
     left. When anything fails, or the reader interrupts, the model is as it was.
 
     Raises ValueError before any work for an unknown method, bits or group sizes that do not fit
     (naming the layers, and the sizes that fit all of them), for calibration that is missing or not
-    wanted, and for a model without linear layers; and for a weight with NaN or Inf.
+    wanted, for a model without linear layers, and where `resume` cannot reach all that a rounding
+    method would quantize; and for a weight with NaN or Inf.
     """
     if method not in (*ROUNDING, *LEARNED):
         names = ", ".join((*ROUNDING, *LEARNED))
         raise ValueError(f"method must be one of {names}, not {method!r}")
     check_bits(bits)
+    all_options = options | {"bits": bits, "group_size": group_size}
+    words = ", ".join(f"{name} {value}" for name, value in sorted(all_options.items()))
+    description = f"{method}, {words}"
     if method in LEARNED:
         if calibration is None:
             raise ValueError(
@@ -62,34 +68,44 @@ def quantize_model(
                 "corpus.calibration_tokens(tokenizer, sequences=16, length=256)"
             )
         _check_groups(model, group_size)
-        options |= {"bits": bits, "group_size": group_size}
-        learn = partial(LEARNED[method], **options)
-        words = ", ".join(f"{name} {value}" for name, value in sorted(options.items()))
-        return quantize_blocks(model, calibration, learn, f"{method}, {words}", progress, resume)
-    if calibration is not None or resume is not None:
-        raise ValueError(
-            f"{method} rounds the weights alone: it takes no calibration tokens, and nothing "
-            "to resume"
-        )
+        learn = partial(LEARNED[method], **all_options)
+        return quantize_blocks(model, calibration, learn, description, progress, resume)
+    if calibration is not None:
+        raise ValueError(f"{method} rounds the weights alone: it takes no calibration tokens")
     if method in CODE_BOOKS:
         if bits != 4:
             raise ValueError(f"{method} is a table of 16 values: it takes 4 bits, not {bits}")
     else:
         _check_groups(model, group_size)
 
-    def quantize(name: str, layer: nn.Module) -> QuantizedLinear:
+    def rounded(name: str, layer: nn.Module) -> QuantizedTensor:
         weight = weight_of(layer)
         try:
             if method in CODE_BOOKS:
-                quantized = quantize_codebook(weight, method, group_size, **options)
-            else:
-                integer = {"absmax": quantize_absmax, "affine": quantize_affine}[method]
-                quantized = integer(weight, bits, group_size, **options)
+                return quantize_codebook(weight, method, group_size, **options)
+            integer = {"absmax": quantize_absmax, "affine": quantize_affine}[method]
+            return integer(weight, bits, group_size, **options)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        return QuantizedLinear(quantized, layer.bias)
 
-    return replace_layers(model, quantize, progress, f"{method}, {bits} bits")
+    if resume is None:
+        make = lambda name, layer: QuantizedLinear(rounded(name, layer), layer.bias)  # noqa: E731
+        return replace_layers(model, make, progress, f"{method}, {bits} bits")
+
+    if outside := outside_blocks(model):
+        raise ValueError(
+            f"{len(outside)} linear layers lie outside the model's blocks, first {outside[0]}: "
+            "quantize this model without resume"
+        )
+
+    def round_block(walk, index, done):
+        quantized = {}
+        for name, layer in linear_layers(walk.blocks[index]).items():
+            quantized[name] = rounded(f"{walk.name}.{index}.{name}", layer)
+            done(name)
+        return quantized
+
+    return quantize_blocks(model, None, round_block, description, progress, resume)
 
 
 def report(model: nn.Module) -> str:

@@ -321,3 +321,40 @@ def test_a_finished_block_leaves_no_full_weights(monkeypatch, tmp_path):
     quantize_model(tiny_llama(), "gptq", resume=tmp_path / "run", **SMALL)
     assert len(written) == 14
     assert all(left() is None for _, left in written)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("method", ["absmax", "affine", "nf4", "fp4"])
+def test_rounding_goes_block_by_block_too(make, method, monkeypatch, tmp_path):
+    """With a folder the same tensors as without; interrupted, resumed; and no other run's."""
+    options = {"bits": 4, "group_size": 16, "progress": False}
+    expected = state(quantize_model(make().bfloat16(), method, **options))
+    save, saved = learned.save_quantized, []
+
+    def once(block, file):
+        if saved:
+            raise Interrupted
+        saved.append(file)
+        save(block, file)
+
+    monkeypatch.setattr(learned, "save_quantized", once)
+    model, run = make().bfloat16(), tmp_path / "run"
+    before = state(model)
+    with pytest.raises(Interrupted):
+        quantize_model(model, method, resume=run, **options)
+    assert_same(model, before)
+    assert [file.name for file in saved] == ["block-0000.safetensors"]
+    monkeypatch.setattr(learned, "save_quantized", save)
+    stamp = saved[0].stat().st_mtime_ns
+    assert_same(quantize_model(model, method, resume=run, **options), expected)
+    assert saved[0].stat().st_mtime_ns == stamp
+    for change in {"group_size": 8}, {"method": "affine" if method == "absmax" else "absmax"}:
+        with pytest.raises(ValueError, match="holds the blocks of another run"):
+            quantize_model(make(), **({"method": method, "resume": run} | options | change))
+
+
+def test_rounding_block_by_block_leaves_nothing_out(tmp_path):
+    model = tiny("OPT", ffn_dim=96, word_embed_proj_dim=32)
+    with pytest.raises(ValueError, match=r"2 linear layers lie outside .* first model\.decoder"):
+        quantize_model(model, "absmax", group_size=16, progress=False, resume=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
