@@ -127,7 +127,7 @@ def search_clip(
     """
     groups = grouped(weight.float(), group_size)
     W = groups.reshape(len(weight), -1, groups.shape[1])
-    x = inputs[:: -(-len(inputs) // CLIP_TOKENS)].float()
+    x = _spread(inputs).float()
     x = x.view(len(x), *W.shape[1:]).transpose(0, 1)
     # |x d|^2 summed over tokens is d^T (x^T x) d: a matrix as wide as a group in place of all x
     gram = x.transpose(1, 2) @ x
@@ -197,6 +197,7 @@ def folds(block: nn.Module) -> dict[str, tuple[str, ...]]:
 def quantize_block(
     walk: Walk,
     index: int,
+    done: Callable[[str, float], None],
     bits: int = 4,
     group_size: int | str = 64,
     scale_dtype: torch.dtype = torch.float16,
@@ -210,7 +211,8 @@ def quantize_block(
 
     The loss of scales that a norm takes in is that of the whole attention or MLP; of those that a
     linear layer takes in, that of the layer which reads them. All are searched in the block as it
-    was, then folded, then each layer is cut off and rounded.
+    was, then folded, then each layer is cut off and rounded. `done(name, loss)` is told the squared
+    error of each layer's output, as a share of the output's square.
 
     Raises as `folds`, `Walk.groups` and `quantize_affine`, naming the layer.
     """
@@ -244,12 +246,16 @@ def quantize_block(
 
     quantized = {}
     for name, layer in linear_layers(block).items():
-        W = weight_of(layer)
+        W = cut = weight_of(layer)
+        x = _spread(inputs[name])
         if name.rpartition(".")[2] not in UNCLIPPED:
-            limit = search_clip(W, inputs[name], bits, group_size, scale_dtype)
-            W = W.reshape(len(W), limit.shape[1], -1).clamp(-limit, limit).view(W.shape)
-        quantized[name] = quantize_affine(W, bits, group_size, scale_dtype)
-        _put(layer, "weight", _stored(layer, quantized[name].dequantize()))
+            limit = search_clip(W, x, bits, group_size, scale_dtype)
+            cut = W.reshape(len(W), limit.shape[1], -1).clamp(-limit, limit).view(W.shape)
+        quantized[name] = quantize_affine(cut, bits, group_size, scale_dtype)
+        restored = quantized[name].dequantize()
+        _put(layer, "weight", _stored(layer, restored))
+        error = (x @ (restored - W).T).square().sum().item()
+        done(name, error / (x @ W.T).square().sum().item() if error else 0.0)
     for name, dtype in dtypes.items():
         _cast(block, name, dtype)
     walk.advance(index)
@@ -259,7 +265,7 @@ def quantize_block(
 def _check(name, weight, group_size):
     try:
         if group_size is None:
-            raise ValueError("AWQ needs groups, or 'channel'")
+            raise ValueError('AWQ needs a scale per row at least: group_size="channel", or an int')
         grouped(weight, group_size)
         check_finite(weight, weight.abs().amax())
     except ValueError as error:
@@ -296,6 +302,11 @@ def _calls(walk, index, names):
 def _tokens(calls):
     """What reached a linear layer: (tokens, in_features)."""
     return torch.cat([args[0].reshape(-1, args[0].shape[-1]) for args, _ in calls])
+
+
+def _spread(inputs):
+    """At most CLIP_TOKENS of all tokens, at equal distances."""
+    return inputs[:: -(-len(inputs) // CLIP_TOKENS)]
 
 
 def _outputs(block, judge, readers, calls):

@@ -392,9 +392,13 @@ def test_an_unknown_block():
 # --- whole blocks ----------------------------------------------------------------------------
 
 
-def quantize_all(model, **options):
+def ignore(name, loss):
+    """What a caller might show."""
+
+
+def quantize_all(model, done=ignore, **options):
     walk = Walk(model, TOKENS)
-    return walk, [awq.quantize_block(walk, i, **options) for i in range(len(walk.blocks))]
+    return walk, [awq.quantize_block(walk, i, done, **options) for i in range(len(walk.blocks))]
 
 
 @every_model
@@ -402,7 +406,10 @@ def test_a_whole_model(make):
     model, reference = make(), make()
     before = dict(model.named_parameters())
     values = {name: parameter.clone() for name, parameter in before.items()}
-    walk, quantized = quantize_all(model, bits=4, group_size=32)
+    told = []
+    walk, quantized = quantize_all(model, lambda *each: told.append(each), bits=4, group_size=32)
+    assert [name for name, _ in told] == [name for weights in quantized for name in weights]
+    assert all(0 < loss < 0.1 for _, loss in told)
     for block, weights in zip(walk.blocks, quantized, strict=True):
         layers = linear_layers(block)
         assert set(weights) == set(layers)
@@ -467,10 +474,10 @@ def test_bfloat16_blocks():
     model = tiny_llama().bfloat16()
     wide = copy.deepcopy(model).float()
     walk = Walk(model, TOKENS)
-    quantized = awq.quantize_block(walk, 0, 4, 32)
+    quantized = awq.quantize_block(walk, 0, ignore, 4, 32)
     other = Walk(wide, TOKENS)
     other.hidden = [hidden.clone() for hidden in Walk(copy.deepcopy(model), TOKENS).hidden]
-    expected = awq.quantize_block(other, 0, 4, 32)
+    expected = awq.quantize_block(other, 0, ignore, 4, 32)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     for name in expected:
         same = (expected[name].codes() == quantized[name].codes()).double().mean()
@@ -481,11 +488,11 @@ def test_errors_name_the_trouble():
     model = tiny_llama()
     walk = Walk(model, TOKENS)
     with pytest.raises(ValueError, match=r"q_proj: group size 40 does not divide in_features = 64"):
-        awq.quantize_block(walk, 0, 4, 40)
+        awq.quantize_block(walk, 0, ignore, 4, 40)
     with pytest.raises(ValueError, match="bits"):
-        awq.quantize_block(walk, 0, 9, 32)
-    with pytest.raises(ValueError, match="q_proj: AWQ needs groups"):
-        awq.quantize_block(walk, 0, 4, None)
+        awq.quantize_block(walk, 0, ignore, 9, 32)
+    with pytest.raises(ValueError, match="q_proj: AWQ needs a scale per row at least"):
+        awq.quantize_block(walk, 0, ignore, 4, None)
     model.model.layers[0].self_attn.q_proj.weight.data[3, 5] = torch.nan
     with pytest.raises(ValueError, match=r"q_proj: .* 1 NaN or Inf among 4096 .* at \[3, 5\]"):
-        awq.quantize_block(Walk(model, TOKENS), 0, 4, 32)
+        awq.quantize_block(Walk(model, TOKENS), 0, ignore, 4, 32)
