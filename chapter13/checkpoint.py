@@ -22,6 +22,7 @@ kept for compatibility, so it cannot hold a zero point of 0. "gptq_v2" stores it
 import json
 import re
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -30,11 +31,13 @@ from torch import nn
 
 from chapter13.layers import linear_layers, weight_of
 from chapter13.linear import QuantizedLinear
+from chapter13.models import skeleton
 from chapter13.packing import pack, unpack
 from chapter13.tensors import QuantizedTensor, scale_shape
 
 FORMATS = ("gptq", "gptq_v2")
 BITS = (2, 3, 4, 8)
+SHARD = 2**28  # bytes of a file, at most, and of what is in memory of it when it is written
 
 
 def save_gptq(
@@ -67,10 +70,9 @@ def save_gptq(
 
     The directory appears whole or not at all. One that save_gptq wrote before is replaced as a
     whole; FileExistsError for any other that is not empty. Raises TypeError for what is no model
-    of transformers, and ValueError, before anything is written, where the format cannot hold the
-    model: which layer, and what to do instead.
+    of transformers, and ValueError where the format cannot hold the model: which layer, and what to
+    do instead.
     """
-    from huggingface_hub import save_torch_state_dict
     from transformers import PreTrainedModel
 
     if checkpoint_format not in FORMATS:
@@ -85,25 +87,13 @@ def save_gptq(
     layers = {name: module for name, module in modules if isinstance(module, QuantizedLinear)}
     settings = _settings(model, layers) | {"checkpoint_format": checkpoint_format}
 
-    state = model.state_dict()
-    tensors = {key: t for key, t in state.items() if key.rpartition(".")[0] not in layers}
-    for name, layer in layers.items():
-        try:
-            stored = to_gptq(layer.quantized, checkpoint_format)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        if layer.bias is not None:
-            stored["bias"] = layer.bias
-        tensors |= {f"{name}.{part}": tensor for part, tensor in stored.items()}
-
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
         dir=directory.parent, prefix=f".{directory.name}.", ignore_cleanup_errors=True
     ) as temporary:
         folder = Path(temporary) / "new"
         folder.mkdir()
-        tied = list(model.all_tied_weights_keys)
-        save_torch_state_dict(tensors, folder, shared_tensors_to_discard=tied)
+        _write_tensors(folder, _stored_tensors(model, layers, checkpoint_format))
         _write_json(folder / "config.json", _model_config(model, settings))
         if checkpoint_format == "gptq":
             _write_json(folder / "quantize_config.json", settings)
@@ -114,6 +104,64 @@ def save_gptq(
         if directory.exists():
             directory.rename(Path(temporary) / "former")
         folder.rename(directory)
+
+
+def _stored_tensors(
+    model: nn.Module, layers: dict[str, QuantizedLinear], checkpoint_format: str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of a checkpoint in the model's order, each made when its turn comes."""
+    tied, done = set(model.all_tied_weights_keys), set()
+    for key, tensor in model.state_dict().items():
+        owner = key.rpartition(".")[0]
+        if owner in layers and owner not in done:
+            done.add(owner)
+            layer = layers[owner]
+            try:
+                stored = to_gptq(layer.quantized, checkpoint_format)
+            except ValueError as error:
+                raise ValueError(f"{owner}: {error}") from error
+            if layer.bias is not None:
+                stored["bias"] = layer.bias
+            yield from ((f"{owner}.{part}", tensor) for part, tensor in stored.items())
+        elif owner not in layers and key not in tied:
+            yield key, tensor
+        elif key in tied and checkpoint_format == "gptq":
+            # AutoGPTQ's loader ties what it did not find to memory that nothing was read into
+            yield key, tensor.clone()
+
+
+def _write_tensors(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """Writes safetensors files of SHARD bytes at most (or one tensor), and an index of several.
+
+    The tensors of one file are in memory at a time.
+    """
+    from safetensors.torch import save_file
+
+    shard, size, files, total = {}, 0, [], 0
+
+    def write():
+        save_file(shard, folder / f"{len(files)}.part", metadata={"format": "pt"})
+        files.append(list(shard))
+        shard.clear()
+
+    for key, tensor in tensors:
+        if shard and size + tensor.nbytes > SHARD:
+            write()
+            size = 0
+        shard[key] = tensor.contiguous()
+        size += tensor.nbytes
+        total += tensor.nbytes
+    write()
+    if len(files) == 1:
+        (folder / "0.part").rename(folder / "model.safetensors")
+        return
+    place = {}
+    for number, keys in enumerate(files):
+        name = f"model-{number + 1:05}-of-{len(files):05}.safetensors"
+        (folder / f"{number}.part").rename(folder / name)
+        place |= dict.fromkeys(keys, name)
+    index = {"metadata": {"total_size": total}, "weight_map": place}
+    _write_json(folder / "model.safetensors.index.json", index)
 
 
 def load_gptq(directory: Path | str, model: nn.Module | None = None) -> nn.Module:
@@ -134,7 +182,7 @@ def load_gptq(directory: Path | str, model: nn.Module | None = None) -> nn.Modul
     directory = Path(directory)
     settings = _read_settings(directory)
     tensors = _read_tensors(directory)
-    built = _skeleton(directory) if model is None else model
+    built = skeleton(directory) if model is None else model
     layers = _read_layers(built, tensors, settings)
     rest = _read_rest(built, tensors, layers)
 
@@ -238,10 +286,7 @@ def _settings(model: nn.Module, layers: dict[str, QuantizedLinear]) -> dict:
                 f"{name} has {weight.bits} bits and group size {weight.group_size!r}, "
                 f"other layers {bits} and {group_size!r}: the format holds one setting for all"
             )
-        if any(side % 32 for side in weight.shape):
-            raise ValueError(
-                f"{name} has shape {tuple(weight.shape)}; the format's words want multiples of 32"
-            )
+        check_shape(name, weight.shape)
         if weight.packed_zero_point is not None:
             symmetric &= bool((weight.zero_point == 1 << (bits - 1)).all())
     return {
@@ -253,6 +298,14 @@ def _settings(model: nn.Module, layers: dict[str, QuantizedLinear]) -> dict:
         "true_sequential": True,
         "meta": {"quantizer": [f"chapter13:{_own_version()}"]},
     }
+
+
+def check_shape(name: str, shape: torch.Size) -> None:
+    """Raises ValueError for a layer's weight (out_features, in_features) that no words can hold."""
+    if any(side % 32 for side in shape):
+        raise ValueError(
+            f"{name} has shape {tuple(shape)}; the format's words want multiples of 32"
+        )
 
 
 def _model_config(model: nn.Module, settings: dict) -> dict:
@@ -374,24 +427,6 @@ def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
 
 
 PICKLED = (".bin", ".pt", ".pth")
-
-
-def _skeleton(directory: Path) -> nn.Module:
-    """The model of config.json, its weights not in memory yet."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the model will not be quantized in transformers' sense
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=False
-        )
-    model.tie_weights()
-    if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
-    return model
 
 
 def _read_layers(model, tensors, settings) -> dict[str, QuantizedLinear]:

@@ -54,7 +54,7 @@ def skeleton(name: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     Parameters are on torch's "meta" device, buffers are real. `name`: as `load` takes it; nothing
     but the configuration is read or fetched. Raises as `load`.
     """
-    with _found(str(name)) as (source, safe):
+    with _found(name) as (source, safe):
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -107,12 +107,12 @@ def _narrow(parameter: torch.Tensor) -> bool:
 
 
 @contextmanager
-def _found(name: str):
+def _found(name: str | Path):
     """(what transformers is to load, how) for a model's name; its errors in our words."""
     if name == EMBEDDED:
         source, local = str(require(EMBEDDED)), True
     else:
-        source, local = name, Path(name).is_dir() or not _hub_answers(name)
+        source, local = str(name), Path(name).is_dir() or not _hub_answers(str(name))
 
     silence_torchao()  # before transformers comes in
     from transformers.utils import logging
