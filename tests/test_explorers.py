@@ -56,7 +56,18 @@ PANELS = {  # module in chapter13.explorers (and a word more) -> a panel of it, 
     "activations": lambda module: module.explore_activations(
         {"a": (50 * weight(), weight()), "b": (weight() ** 3 * 1e6, weight()[:5])}
     ),
+    "awq": lambda module: module.explore_awq(
+        {"a": (50 * weight(), weight()), "b": (weight() ** 3 * 1e4, weight()[:5])}
+    ),
     "text": lambda module: module.explore_text(*toy_model()),
+    "gptq columns": lambda module: module.explore_columns(weight()[:4, :8]),
+    "gptq": lambda module: module.explore_layer(
+        {
+            name: module.Layer(given, {"a": tokens[:4], "b": tokens[2:] ** 3}, tokens[:2])
+            for name, given in (("one", weight()), ("other", 3 * weight()[:5]))
+            for tokens in [torch.randn(6, 16, weight().shape[1])]
+        }
+    ),
 }
 
 

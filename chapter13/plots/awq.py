@@ -1,0 +1,89 @@
+"""Pictures of AWQ: which input channels are scaled up, and what each exponent loses."""
+
+import math
+
+import numpy as np
+
+from chapter13.plots.live import LiveFigure
+from chapter13.plots.picture import COLORS, Picture, new_figure, style
+
+
+def loss_curves(ratios: tuple[float, ...], losses: dict[str, list[float]]) -> Picture:
+    """One curve for each module: its loss over r, as a multiple of that at r = 0.
+
+    The best r of each curve is marked. `losses`: name -> a loss for each of `ratios`.
+    """
+    words = []
+    with style():
+        figure, ax = new_figure(10, 4)
+        for (name, values), marker in zip(losses.items(), "osD^v", strict=False):
+            relative = np.array(values) / values[0]
+            best = int(relative.argmin())
+            (line,) = ax.plot(ratios, relative, label=name)
+            ax.plot(ratios[best], relative[best], marker, ms=11, color=line.get_color())
+            words.append(f"{name} is best at r = {ratios[best]:.2f} with {relative[best]:.2g}")
+        ax.axhline(1, color=COLORS["original"], ls="--", label="plain rounding")
+        ax.set(xlabel="r", ylabel="loss / plain rounding's", yscale="log")
+        set_loss_axis(ax, np.array([np.array(each) / each[0] for each in losses.values()]))
+        ax.legend(loc="upper left", ncols=2)
+    return Picture(figure, f"Curves of loss over r, plain rounding is 1: {'; '.join(words)}.")
+
+
+class AwqFigure(LiveFigure):
+    """Shows an `explorers.awq.View`: the channels at the left, the loss over r at the right."""
+
+    def __init__(self):
+        super().__init__(width=10, height=4.2, cols=2, width_ratios=[3, 2])
+        channels, loss = self.axes
+        self._shown = None  # the losses that the axes were drawn for
+        with style():
+            channels.set(
+                xscale="log", yscale="log", ylim=(1e-3, 1e3),
+                xlabel="input channels, largest mean |x| first", ylabel="value of a channel",
+            )  # fmt: skip
+            gray, blue, red = COLORS["original"], COLORS["int8"], COLORS["highlight"]
+            (self._before,) = channels.plot([], [], color=gray, lw=3, label="mean |x|")
+            (self._after,) = channels.plot([], [], color=blue, ls="--", label="mean |x| / s")
+            (self._s,) = channels.plot([], [], color=red, lw=3, label="s")
+            self._band = channels.axvspan(0, 1, color=red, alpha=0.15, label="protected: s ≥ 2")
+            channels.legend(loc="upper right", ncols=2)
+            loss.set(xlim=(-0.03, 0.98), yscale="log", xlabel="r", ylabel="loss / plain rounding's")
+            loss.axhline(1, color=gray, ls="--")
+            (self._curve,) = loss.plot([], [], color=blue, lw=3)
+            (self._best,) = loss.plot([], [], "D", ms=11, color=COLORS["nf4"], label="best r")
+            (self._now,) = loss.plot([], [], "o", ms=9, color=red, label="this r")
+            loss.legend(loc="lower left")
+        self.animate(self._band, self._before, self._after, self._s)
+        self.animate(self._curve, self._best, self._now)
+
+    def update(self, view):
+        rank = np.arange(1, len(view.activation) + 1)
+        relative = view.losses / view.losses[0]
+        if self._shown is None or not np.array_equal(self._shown, view.losses):
+            self._shown = view.losses
+            ticks = [tick for tick in (1, 10, 100, 1000, 10000) if tick <= len(rank)]
+            self.axes[0].set_xticks(ticks, [str(tick) for tick in ticks])
+            self.axes[0].set_xlim(0.8, 1.2 * len(rank))
+            set_loss_axis(self.axes[1], relative)
+            self.redraw()
+        self._before.set_data(rank, view.activation)
+        self._after.set_data(rank, view.activation / view.s)
+        self._s.set_data(rank, view.s)
+        self._band.set_x(0.8)
+        self._band.set_width(view.protected + 0.5 - 0.8)
+        self._band.set_visible(view.protected > 0)
+        best, now = int(relative.argmin()), view.ratios.index(view.r)
+        self._curve.set_data(view.ratios, relative)
+        self._best.set_data([view.ratios[best]], [relative[best]])
+        self._now.set_data([view.r], [relative[now]])
+
+
+def set_loss_axis(ax, relative):
+    """A logarithmic axis around these losses, with a number at each doubling or each decade."""
+    low, high = 0.8 * relative.min(), 1.25 * relative.max()
+    base = 2 if high / low < 100 else 10
+    exponents = range(math.ceil(math.log(low, base)), math.floor(math.log(high, base)) + 1)
+    ticks = [float(base) ** exponent for exponent in exponents]
+    ax.set_ylim(low, high)
+    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.minorticks_off()

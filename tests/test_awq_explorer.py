@@ -1,0 +1,60 @@
+"""Notebook 09's explorer shows the package's own numbers."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from chapter13 import quantize_affine
+from chapter13.awq import RATIOS, scales, search_scale
+from chapter13.explorers.awq import explore_awq, view
+from chapter13.plots.awq import loss_curves
+
+
+@pytest.fixture
+def layer():
+    generator = torch.Generator().manual_seed(13)
+    x = torch.randn(40, 64, generator=generator)
+    x[:, ::16] *= 12
+    return x, torch.randn(24, 64, generator=generator) * 0.1
+
+
+def test_every_setting_by_the_definitions(layer):
+    x, weight = layer
+    panel = explore_awq({"one": layer})
+    activation = x.abs().mean(0)
+    for group_size in panel.controls["group_size"].options:
+        for bits in range(2, 9):
+            losses = []
+            for r in RATIOS:
+                s = scales(activation, r)
+                restored = quantize_affine(weight * s, bits, group_size).dequantize() / s
+                losses.append((x @ restored.T - x @ weight.T).square().double().mean().item())
+            for r in RATIOS[::3]:
+                readout = panel.set(r=r, bits=bits, group_size=group_size)
+                shown = panel.view
+                assert shown.losses == pytest.approx(losses, rel=1e-6)  # a mean in float64
+                now, best = losses[RATIOS.index(r)] / losses[0], min(losses) / losses[0]
+                assert re.search(rf"loss / plain rounding's +{now:.2g}\n", readout)
+                at = RATIOS[losses.index(min(losses))]
+                assert re.search(rf"best r, and its loss +{at:.2f}, {best:.2g}\n", readout)
+    panel.close()
+
+
+def test_protected_channels(layer):
+    x, weight = layer
+    losses = search_scale(x.abs().mean(0), [weight], lambda tried: [x @ tried[0].T]).losses
+    assert view("one", x, losses, 0.0).protected == 0
+    shown = view("one", x, losses, 0.5)
+    activation = x.abs().mean(0)
+    # twice the median's scale at r = 1/2: four times its activation
+    assert shown.protected == (activation >= 4 * activation.median()).sum() == 4
+    assert np.allclose(shown.s, (shown.activation / np.sort(activation)[31]) ** 0.5, rtol=1e-6)
+    assert "4 of 64 channels" in shown.readout
+    assert (np.diff(shown.activation) <= 0).all()
+
+
+def test_curves_name_the_best():
+    picture = loss_curves((0.0, 0.5, 0.9), {"mlp": [2.0, 1.0, 4.0], "attention": [1.0, 2.0, 3.0]})
+    assert "mlp is best at r = 0.50 with 0.5; attention is best at r = 0.00 with 1." in picture.alt
