@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from chapter13 import awq
 from chapter13.blocks import outside_blocks
 from chapter13.codebook import CODE_BOOKS, quantize_codebook
 from chapter13.integer import quantize_absmax, quantize_affine
@@ -20,7 +21,7 @@ from chapter13.packing import check_bits
 from chapter13.tensors import QuantizedTensor
 
 ROUNDING = ("absmax", "affine", "nf4", "fp4")
-LEARNED = {"gptq": gptq_block}
+LEARNED = {"gptq": gptq_block, "awq": awq.quantize_block}
 
 
 def quantize_model(
@@ -40,8 +41,9 @@ def quantize_model(
     - "absmax" or "affine", with `bits` 2 to 8 and a group size as `quantize_absmax` takes it;
       options: `scale_dtype`
     - "nf4" or "fp4", whose block size is `group_size`; options: `double_quant`
-    - "gptq", which learns from `calibration`, int64 tokens (sequences, length); options:
-      those of `gptq.quantize`. It reaches the layers in the model's blocks
+    - "gptq" or "awq", which learn from `calibration`, int64 tokens (sequences, length), and reach
+      the layers in the model's blocks; options: those of `gptq.quantize`, or `scale_dtype`. AWQ
+      knows the blocks of Llama and GPT-2, and changes their norms too
 
     `resume`: a folder that keeps finished blocks: after an interruption the same call goes on from
     there. The model's blocks then lie in its files, not in memory.
