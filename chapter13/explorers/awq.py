@@ -57,8 +57,8 @@ def view(layer: str, x, losses: tuple[float, ...], r: float) -> View:
             f"Left: mean |x| of the {len(s)} input channels of {layer}, from "
             f"{activation[0]:.2g} down to {activation[-1]:.2g}, as they are and divided by s. "
             f"With r = {r:.2f} the weights of {protected} are scaled up twofold or more. "
-            f"Right: the loss over r, {now:.2g} times that of plain rounding here, at best {least:.2g} at "
-            f"r = {best:.2f}."
+            f"Right: the loss over r, {now:.2g} times that of plain rounding here, at best "
+            f"{least:.2g} at r = {best:.2f}."
         ),
     )
 
