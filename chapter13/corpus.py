@@ -67,7 +67,14 @@ def calibration_tokens(tokenizer, sequences: int, length: int) -> torch.Tensor:
     Raises ValueError when the text has fewer sequences of that length.
     """
     documents = news()
-    text = "\n\n".join(_shuffled(documents))
+    return text_tokens(tokenizer, "\n\n".join(_shuffled(documents)), sequences, length)
+
+
+def text_tokens(tokenizer, text: str, sequences: int, length: int) -> torch.Tensor:
+    """Tokens of a text of your own to calibrate with, cut and drawn like `calibration_tokens`.
+
+    Raises ValueError when the text has fewer sequences of that length.
+    """
     return _draw(_encode(tokenizer, [text]), sequences, length, "calibration")
 
 

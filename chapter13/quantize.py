@@ -69,7 +69,7 @@ def quantize_model(
                 f"{method} learns from text: give calibration tokens, such as "
                 "corpus.calibration_tokens(tokenizer, sequences=16, length=256)"
             )
-        _check_groups(model, group_size)
+        check_groups(model, group_size)
         learn = partial(LEARNED[method], **all_options)
         return quantize_blocks(model, calibration, learn, description, progress, resume)
     if calibration is not None:
@@ -78,7 +78,7 @@ def quantize_model(
         if bits != 4:
             raise ValueError(f"{method} is a table of 16 values: it takes 4 bits, not {bits}")
     else:
-        _check_groups(model, group_size)
+        check_groups(model, group_size)
 
     def rounded(name: str, layer: nn.Module) -> QuantizedTensor:
         weight = weight_of(layer)
@@ -132,7 +132,7 @@ def report(model: nn.Module) -> str:
     return "\n".join(lines)
 
 
-def _check_groups(model: nn.Module, group_size: int | str | None) -> None:
+def check_groups(model: nn.Module, group_size: int | str | None) -> None:
     """Raises ValueError where the group size does not divide the rows of every layer."""
     if group_size in (None, "channel"):
         return
