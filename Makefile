@@ -13,7 +13,7 @@ NOTEBOOKS := $(wildcard notebooks/[0-9][0-9]_*.ipynb)
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-with=tests/nbval_sanitize.cfg
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test data rerun reset lint mutants bench peers bench-peers pictures pins clean
+.PHONY: help setup lab test data rerun reset lint mutants bench peers bench-peers llama fuzz pictures pins clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -91,6 +91,25 @@ install-autogptq install-gptqmodel: install-%:
 
 bench-peers: data peers ## quantize the whole model with ours and with both libraries, side by side
 	$(BIN)/python tools/bench_peers.py
+
+# built from source (some 5 minutes on 2 cores), in an environment of its own
+LLAMA := .peers/llamacpp/bin/python
+$(LLAMA):
+	rm -rf .peers/llamacpp
+	"$(PYTHON)" -m venv .peers/llamacpp.part
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_CURL=OFF" CMAKE_BUILD_PARALLEL_LEVEL=2 \
+		.peers/llamacpp.part/bin/python -m pip install -q numpy==2.4.6 llama-cpp-python==0.3.36
+	mv .peers/llamacpp.part .peers/llamacpp
+
+llama: data $(LLAMA) ## build llama.cpp, run our GGUF files in it, record the comparison
+	$(BIN)/python -m tools.llamacpp
+
+FOUND := build/fuzz_gguf
+fuzz: data ## fuzz the GGUF reader for five minutes (FOUND keeps the files that reach new code)
+	$(BIN)/python -m pip install -q --target .peers/atheris atheris==3.0.0
+	mkdir -p $(FOUND)
+	PYTHONPATH=.peers/atheris:. $(BIN)/python tools/fuzz_gguf.py -max_total_time=300 -max_len=4096 \
+		-timeout=5 -rss_limit_mb=2048 -print_final_stats=1 $(FOUND) tests/gguf_corpus
 
 pictures: data ## take the README's pictures afresh from a running JupyterLab
 	$(BIN)/python -m tools.pictures
