@@ -1,0 +1,146 @@
+"""Notebook 10's explorer: each number it shows against the package's own, over all its settings."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from chapter13 import models, quantize_absmax, quantize_affine, quantize_codebook
+from chapter13.errors import relative_rmse
+from chapter13.explorers.codebooks import student_t
+from chapter13.explorers.gguf import SIZES, all_levels, explore_gguf, prepare, view
+from chapter13.gguf_blocks import ENCODERS, quantize, read
+from chapter13.plots import gguf as pictures
+
+ROWS, COLUMNS = 24, 576
+
+
+@pytest.fixture(scope="module")
+def weights():
+    holes = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1))
+    holes[3] = 0
+    return {"heavy tails": student_t((ROWS, COLUMNS), 3), "with zeros": holes}
+
+
+@pytest.fixture(scope="module")
+def layers(weights):
+    return {name: prepare(weight) for name, weight in weights.items()}
+
+
+def test_the_layer_s_numbers_are_the_packages_own(weights, layers):
+    quantizers = {
+        "absmax": lambda w, size: quantize_absmax(w, 4, size),
+        "affine": lambda w, size: quantize_affine(w, 4, size),
+        "NF4": lambda w, size: quantize_codebook(w, "nf4", size),
+        "NF4, double quantization": lambda w, size: quantize_codebook(w, "nf4", size, True),
+    }
+    for name, weight in weights.items():
+        layer = layers[name]
+        assert set(layer.curves) == set(quantizers) == set(pictures.CURVES)
+        for label, quantizer in quantizers.items():
+            for size, (bits, error) in zip(SIZES, layer.curves[label], strict=True):
+                q = quantizer(weight, size)
+                assert bits == q.bits_per_weight
+                assert error == relative_rmse(weight, q.dequantize())
+        for kind in ENCODERS:
+            q = quantize(weight, kind)
+            assert layer.kinds[kind] == (q.bits_per_weight, relative_rmse(weight, q.dequantize()))
+
+
+GRID = list(itertools.product(ENCODERS, [0, 5, 55], [1, 8, 1024]))
+
+
+@pytest.mark.parametrize("settings", GRID, ids=str)
+def test_the_block_s_numbers_are_the_packages_own(settings, weights, layers):
+    kind, block, outlier = settings
+    for name, weight in weights.items():
+        shown = view(layers[name], *settings)
+        values = weight.view(-1, 32)[block].clone()
+        values[values.abs().argmax()] *= outlier
+        stored = quantize(values, kind)
+        restored = stored.dequantize()
+        assert shown.block_error == relative_rmse(values, restored)
+        absmax = values.abs().max() or 1.0
+        assert np.array_equal(shown.values, (values / absmax).numpy())
+        assert np.array_equal(shown.restored, (restored / absmax).numpy())
+        assert f"{stored.bits_per_weight:g} bits per weight" in shown.readout
+        assert f"{int((restored == 0).sum())} of 32" in shown.readout
+        assert f"{shown.block_error:.3g}" in shown.alt
+        levels = all_levels(stored)
+        assert torch.isin(restored, levels).all()
+        assert levels.diff().min() >= 0
+
+
+def test_the_levels_of_each_kind():
+    block = torch.linspace(-1, 0.9, 32)
+    counts = {kind: len(all_levels(quantize(block, kind)).unique()) for kind in ENCODERS}
+    assert counts == {"Q8_0": 255, "Q4_0": 16, "Q4_1": 16, "MXFP4": 15}
+
+
+def test_a_block_that_is_not_there(layers):
+    with pytest.raises(ValueError, match="432 blocks: choose one from 0 to 431"):
+        view(layers["heavy tails"], "Q4_0", 432, 1)
+
+
+def test_the_panel_on_the_embedded_model(weights):
+    panel = explore_gguf()
+    name = panel.settings["layer"]
+    shuffled = models.linear_weights()[name]
+    assert panel.view.kinds["Q4_1"][1] == relative_rmse(
+        shuffled, quantize(shuffled, "Q4_1").dequantize()
+    )
+    panel.set(order="stored", kind="Q4_1")
+    assert panel.view.kinds["Q4_1"][1] == 0
+    stored = read(models.gguf_path()).tensors["blk.0.attn_q.weight"].dequantize()
+    assert panel.view.curves["absmax"][2][1] == relative_rmse(
+        stored, quantize_absmax(stored, 4, 64).dequantize()
+    )
+    panel.close()
+
+
+def test_the_panel_on_given_weights(weights):
+    panel = explore_gguf(weights)
+    assert "order" not in panel.controls
+    before = panel.readout
+    assert panel.set(layer="with zeros") != before
+    assert "do not apply" in panel.set(block=999)
+    panel.close()
+    single = explore_gguf(weights["heavy tails"])
+    assert list(single.controls) == ["kind", "block", "outlier"]
+    assert "do not apply" in single.set(outlier=1024, block=999)
+    single.close()
+
+
+def test_a_weight_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="blocks of 32"):
+        explore_gguf(torch.randn(4, 33))
+    with pytest.raises(ValueError, match="a matrix"):
+        explore_gguf(torch.randn(64))
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        explore_gguf(torch.full((4, 64), torch.nan))
+
+
+def test_all_zeros():
+    layer = prepare(torch.zeros(4, 64))
+    for kind in ENCODERS:
+        shown = view(layer, kind, 0, 8)
+        assert shown.block_error == 0
+        assert "32 of 32" in shown.readout
+
+
+def test_the_pictures_say_what_was_measured():
+    block = bytes([0, 0x3C, 0, 0xBC, *range(16)])
+    assert "d and m in two bytes each" in pictures.block_bytes(block, ["d", "m"]).alt
+    assert (
+        "magic (4 bytes), version (4 bytes)"
+        in pictures.file_bytes(b"GGUF\3\0\0\0", [("magic", 4), ("version", 4)]).alt
+    )
+    grids = {"near": [-1.0, 0.0, 1.0], "far": [-9.0, 9.0]}
+    alt = pictures.block_grids([0.5, -1.0, 1.0], grids).alt
+    assert "near, 3 of 3 levels" in alt
+    assert "far, 0 of 2 levels" in alt
+    assert "32: 4.5 bits, 10.0%" in pictures.block_sizes([(16, 5, 0.08), (32, 4.5, 0.1)]).alt
+    assert "50% of the blocks reach beyond" in pictures.top_levels([4.5, 7.0], 6).alt
+    chart = pictures.formats({"NF4": ("nf4", [(4.5, 0.1)])}, {"Q4_0": (4.5, 0.09)})
+    assert "Q4_0 0.09 at 4.5 bits" in chart.alt

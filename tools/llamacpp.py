@@ -1,0 +1,136 @@
+"""Our GGUF files in llama.cpp, beside the same weights in torch: `make llama`.
+
+Writes the embedded model in each format, lets llama.cpp (in an environment of its own, see
+tools/peers/llamacpp.py) predict evaluation tokens and continue them, and does the same in torch
+with the weights that transformers dequantizes from the very file. Records both in
+data/results.json, and llama.cpp's log-probabilities in tests/llamacpp.json for the tests.
+
+What differs: llama.cpp quantizes each linear layer's inputs to Q8_0 too, to multiply integers.
+`quantized_inputs` does the same in torch, so that the size of its effect can be measured alone.
+"""
+
+import json
+import subprocess
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from chapter13 import corpus, models, results
+from chapter13.convert import silence_torchao
+from chapter13.gguf_blocks import quantize
+from chapter13.gguf_model import FILE_TYPES, write_model
+
+ROOT = Path(__file__).parent.parent
+PEER = ROOT / ".peers" / "llamacpp" / "bin" / "python"
+REFERENCE = ROOT / "tests" / "llamacpp.json"
+SEQUENCES, LENGTH, NEW = 4, 128, 24
+
+
+@contextmanager
+def quantized_inputs(model: nn.Module):
+    """Inside, what enters each linear layer is rounded to Q8_0 first, as in llama.cpp."""
+
+    def rounded(_, inputs):
+        return (quantize(inputs[0], "Q8_0").dequantize(),)
+
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    hooks = [module.register_forward_pre_hook(rounded) for module in linears]
+    try:
+        yield model
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def load(path: Path) -> nn.Module:
+    """The model of a GGUF file, its weights dequantized by transformers, float32 on the CPU."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    silence_torchao()
+    logging.disable_progress_bar()
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    return AutoModelForCausalLM.from_pretrained(
+        **where, dtype=torch.float32, local_files_only=True
+    ).eval()
+
+
+def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Of each token but the first: float64 (sequences, length - 1)."""
+    log_p = torch.log_softmax(logits[:, :-1].double(), -1)
+    return log_p.gather(2, tokens[:, 1:, None])[:, :, 0]
+
+
+def median_kl(reference: torch.Tensor, logits: torch.Tensor) -> float:
+    """In nats, over all positions. A median, because few positions turn on the last bit."""
+    p, q = (torch.log_softmax(each.double(), -1) for each in (reference, logits))
+    return (p.exp() * (p - q)).sum(-1).median().item()
+
+
+def run_llamacpp(path: Path, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits, tokens written) of llama.cpp."""
+    given, output = path.with_suffix(".npy"), path.with_suffix(".npz")
+    np.save(given, tokens.numpy())
+    driver = ROOT / "tools" / "peers" / "llamacpp.py"
+    subprocess.run([PEER, driver, path, given, output, str(NEW)], check=True)
+    with np.load(output) as found:
+        return torch.from_numpy(found["logits"]), torch.from_numpy(found["greedy"])
+
+
+def measure(path: Path, tokens: torch.Tensor) -> tuple[dict, torch.Tensor]:
+    """(what is recorded of a file, llama.cpp's log-probabilities of the tokens)."""
+    theirs, their_text = run_llamacpp(path, tokens)
+    model = load(path)
+    with torch.inference_mode():
+        ours = model(tokens).logits
+        with quantized_inputs(model):
+            rounded = model(tokens).logits
+        mask = torch.ones_like(tokens)
+        text = model.generate(tokens, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+    text = text[:, LENGTH:]
+    same = (text == their_text).int().cumprod(1).sum(1)
+    logs = {
+        name: log_probabilities(logits, tokens)
+        for name, logits in (("", ours), (" llama.cpp", theirs), (" Q8_0 inputs", rounded))
+    }
+    measured = {f"perplexity{name}": (-log.mean()).exp().item() for name, log in logs.items()}
+    measured |= {
+        "KL llama.cpp": median_kl(ours, theirs),
+        "KL Q8_0 inputs": median_kl(ours, rounded),
+        "same likeliest token": (ours.argmax(-1) == theirs.argmax(-1)).double().mean().item(),
+        "written tokens alike": same.tolist(),
+        "tokens": f"{SEQUENCES} x {LENGTH}, then {NEW} written",
+        "megabytes": path.stat().st_size / 1e6,
+    }
+    return measured, logs[" llama.cpp"]
+
+
+def main() -> None:
+    if not PEER.exists():
+        raise SystemExit("llama.cpp is not there: run `make llama`")
+    model, tokenizer = models.load(device="cpu")
+    tokens = corpus.evaluation_tokens(tokenizer, SEQUENCES, LENGTH)
+    version = subprocess.run(
+        [PEER, "-c", "import llama_cpp; print(llama_cpp.__version__)"],
+        capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    reference = {"llama-cpp-python": version, "sequences": SEQUENCES, "length": LENGTH}
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in FILE_TYPES:
+            path = write_model(model, kind, Path(folder) / f"{kind}.gguf", models.gguf_path())
+            measured, log_p = measure(path, tokens)
+            measured["llama-cpp-python"] = version
+            results.record(f"llama.cpp {kind}", measured, ("transformers", "gguf"))
+            reference[kind] = [[round(x, 3) for x in row] for row in log_p.tolist()]
+            print(kind, json.dumps(measured))
+    part = REFERENCE.with_suffix(".part")
+    part.write_text(json.dumps(reference) + "\n", encoding="utf-8")
+    part.replace(REFERENCE)
+
+
+if __name__ == "__main__":
+    main()
