@@ -17,6 +17,7 @@ from chapter13.plots.gptq import ColumnsFigure, LayerFigure
 
 METHODS = {"affine": "round to nearest", "gptq": "GPTQ"}
 GROUP_SIZES = ["channel", 192, 128, 96, 64, 48, 32, 16]
+CORRELATIONS = [0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95]
 DAMPS = [0.0, 0.001, 0.01, 0.1, 1.0]
 BINS = 48  # of the picture of errors by channel, at most
 
@@ -87,9 +88,12 @@ class ColumnsView:
 
 
 def correlated(columns: int, correlation: float) -> torch.Tensor:
-    """The Hessian of inputs that correlate less the farther apart: correlation**distance."""
+    """The Hessian of inputs that go together the less, the farther apart they are.
+
+    float64 (columns, columns), `correlation` to the power of the root of the distance.
+    """
     place = torch.arange(columns, dtype=torch.float64)
-    return correlation ** (place[:, None] - place).abs()
+    return correlation ** (place[:, None] - place).abs().sqrt()
 
 
 def columns_view(weight: torch.Tensor, column: int, correlation: float, bits: int) -> ColumnsView:
@@ -124,8 +128,8 @@ def explore_columns(weight: torch.Tensor) -> Explorer:
     """A panel: a small weight (rows, columns), rounded column after column; at most 5 by 10."""
     controls = {
         "column": widgets.IntSlider(0, 0, weight.shape[1], description="columns rounded"),
-        "correlation": widgets.FloatSlider(
-            0.8, min=0, max=0.95, step=0.05, description="correlation of neighbouring inputs"
+        "correlation": widgets.SelectionSlider(
+            options=CORRELATIONS, value=0.8, description="correlation of neighbouring inputs"
         ),
         "bits": widgets.IntSlider(3, 2, 4, description="bits"),
     }

@@ -26,7 +26,7 @@ def valley(weight, hessian, points, path):
         levels = [0.02, 0.09, 0.2, 0.4, 0.7, 1.1, 1.6]
         ax.contour(x + weight[0], y + weight[1], loss, levels, cmap="cividis", linewidths=1.5)
         inside = [
-            np.arange(np.ceil(w - r), w + r) for w, r in zip(weight, (1.6, 1.15), strict=True)
+            np.arange(np.ceil(w - r), w + r) for w, r in zip(weight, (1.55, 1.1), strict=True)
         ]
         for grid_x in inside[0]:
             ax.plot([grid_x] * len(inside[1]), inside[1], "o", color=COLORS["original"], ms=9)
@@ -117,7 +117,7 @@ def damping(damps, losses):
 
 
 def loss_ratios(ratios):
-    """layer -> {label: loss over round-to-nearest's}, a row for each layer, on a logarithmic axis."""
+    """layer -> {label: loss over round-to-nearest's}: a row for each layer, logarithmic."""
     with style():
         figure, ax = new_figure(10, 1.4 + 0.42 * len(ratios))
         labels = list(next(iter(ratios.values())))
@@ -132,12 +132,13 @@ def loss_ratios(ratios):
         ax.set_xticks([0.01, 0.1, 1], ["0.01", "0.1", "1"])
         ax.grid(visible=False, axis="y")
         figure.legend(loc="outside upper center", ncols=3)
-        lowest = [min(ratios, key=lambda name: ratios[name][label]) for label in labels]
-        told = ", ".join(f"{label}, {name}" for label, name in zip(labels, lowest, strict=True))
+        first, second = np.array([list(each.values()) for each in ratios.values()]).T
+        lowest = min(ratios, key=lambda name: ratios[name][labels[1]])
         return Picture(
             figure,
-            "Layer loss over that of rounding to nearest, two dots for each layer. Lowest of all: "
-            f"{told}.",
+            f"Layer loss over that of rounding to nearest, two dots for each of {len(ratios)} "
+            f"layers. {labels[1]} lies below {labels[0]} in {(second < first).sum()} of them, and "
+            f"lowest of all on {lowest}.",
         )
 
 
