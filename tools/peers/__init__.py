@@ -49,7 +49,7 @@ def run(peer: str, *arguments, threads: int | None = None) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_many(peer: str, jobs: list[list]) -> dict:
+def run_many(peer: str, jobs: list[list], threads: int | None = None) -> dict:
     """Runs several commands in one process, as importing a peer takes longer than most of them.
 
     Returns {"result": [one for each job], "versions": ...}. Raises as `run`.
@@ -57,7 +57,7 @@ def run_many(peer: str, jobs: list[list]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "jobs.json"
         path.write_text(json.dumps([[str(word) for word in job] for job in jobs]))
-        return run(peer, "many", path)
+        return run(peer, "many", path, threads=threads)
 
 
 def cut(model, folder: Path | str, blocks: int = 2) -> Path:
