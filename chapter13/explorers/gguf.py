@@ -122,7 +122,7 @@ def view(layer: Layer, kind: str, block: int, outlier: float) -> View:
     absmax = values.abs().max().item() or 1.0
     error = relative_rmse(values, restored)
     bits, whole = layer.kinds[kind]
-    zeros = int((restored == 0).sum())
+    levels = all_levels(stored)
 
     scale = f"{stored.scale.item():.3g}"
     if kind == "MXFP4" and stored.scale.item():
@@ -138,7 +138,8 @@ def view(layer: Layer, kind: str, block: int, outlier: float) -> View:
     rows.append(("its scale", scale))
     if stored.minimum is not None:
         rows.append(("its minimum", f"{stored.minimum.item():.3g}"))
-    rows.append(("weights of it that become 0", f"{zeros} of 32"))
+    used = f"{len(restored.unique())} of {len(levels.unique())}"
+    rows.append(("levels its weights use", used))
     if len(layer.weight) < layer.rows:
         taken = f"{len(layer.weight)} of the {layer.rows} rows, evenly spaced"
         rows.append(("layer measured on", taken))
@@ -148,7 +149,7 @@ def view(layer: Layer, kind: str, block: int, outlier: float) -> View:
         kinds=layer.kinds,
         values=(values / absmax).flatten().numpy(),
         restored=(restored / absmax).flatten().numpy(),
-        levels=(all_levels(stored) / absmax).numpy(),
+        levels=(levels / absmax).numpy(),
         block_error=error,
         readout=lines(*rows),
         alt=(
