@@ -16,13 +16,12 @@ The division of x is folded into the norm or linear layer before, so that it cos
 each group's range is cut off where that lowers the error. Nothing is learned but s and the cut:
 each weight is still rounded to the nearest point of its grid.
 
-This follows the authors' code but for three things. Their later blocks learn from inputs of the
-unquantized model; ours from those of the quantized blocks before, as our GPTQ does. Their grid
-spans each group's smallest to largest weight, also where both have one sign; a zero point of
-0 to 2**bits - 1 cannot stand for such a grid, they clamp it, and the codes saturate. Ours spans
-zero as well, as `quantize_affine`; the two are the same wherever a group has both signs. And
-their code cuts off queries and keys in one matrix, such as GPT-2's, which it leaves alone when
-they are apart; ours leaves both alone.
+This follows the authors' code, and AutoAWQ's without its "duo scaling", but for two things. Their
+later blocks learn from inputs of the unquantized model; ours from those of the quantized blocks
+before, as our GPTQ does. Their grid spans each group's smallest to largest weight, also where both
+have one sign; the zero point of such a grid lies outside of 0 to 2**bits - 1, they clamp it, and
+the codes saturate. Ours spans zero as well, as `quantize_affine`; the two are the same wherever a
+group has both signs. Theirs takes no range narrower than 1e-5 either.
 """
 
 from collections.abc import Callable, Iterable
@@ -53,7 +52,8 @@ CHAINED = {
     },
     "GPT2Block": {"attn.c_attn": ("attn.c_proj",)},
 }
-UNCLIPPED = ("q_proj", "k_proj", "c_attn")  # a product of two follows: an error of each is no guide
+# Queries are multiplied with keys, and the error of each says little about that of the product.
+UNCLIPPED = ("q_proj", "k_proj", "c_attn")
 
 
 class ScaleSearch(NamedTuple):

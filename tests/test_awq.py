@@ -496,3 +496,22 @@ def test_errors_name_the_trouble():
     model.model.layers[0].self_attn.q_proj.weight.data[3, 5] = torch.nan
     with pytest.raises(ValueError, match=r"q_proj: .* 1 NaN or Inf among 4096 .* at \[3, 5\]"):
         awq.quantize_block(Walk(model, TOKENS), 0, ignore, 4, 32)
+
+
+def test_the_real_model_loses_less_than_by_rounding():
+    """Six blocks of the embedded model, on text that the search has not seen."""
+    from chapter13 import corpus, evaluate, models, quantize_model
+
+    model, tokenizer = models.load(device="cpu")
+    model.model.layers = model.model.layers[:6]
+    held_out = corpus.evaluation_tokens(tokenizer, 4, 128)
+    text = corpus.calibration_tokens(tokenizer, 2, 128)
+    kl = {}
+    for method, options in (("affine", {}), ("awq", {"calibration": text})):
+        quantized = models.load(device="cpu")[0]
+        quantized.model.layers = quantized.model.layers[:6]
+        quantize_model(quantized, method, 4, 64, progress=False, **options)
+        kl[method] = evaluate.kl_divergence(quantized, model, held_out, progress=False)
+    # far enough for every other processor: the paired interval leaves out 0
+    assert evaluate.difference(kl["affine"], kl["awq"]).interval[0] > 0
+    assert kl["awq"].value < 0.8 * kl["affine"].value

@@ -7,25 +7,27 @@ import numpy as np
 from chapter13.plots.live import LiveFigure
 from chapter13.plots.picture import COLORS, Picture, new_figure, style
 
+CURVES = [COLORS[name] for name in ("int8", "int4", "nf4", "fp4")]
+
 
 def loss_curves(ratios: tuple[float, ...], losses: dict[str, list[float]]) -> Picture:
-    """One curve for each module: its loss over r, as a multiple of that at r = 0.
+    """One curve for each of up to four layers: its loss over r, as a multiple of that at r = 0.
 
     The best r of each curve is marked. `losses`: name -> a loss for each of `ratios`.
     """
     words = []
     with style():
         figure, ax = new_figure(10, 4)
-        for (name, values), marker in zip(losses.items(), "osD^v", strict=False):
+        for (name, values), color, marker in zip(losses.items(), CURVES, "osD^", strict=False):
             relative = np.array(values) / values[0]
             best = int(relative.argmin())
-            (line,) = ax.plot(ratios, relative, label=name)
-            ax.plot(ratios[best], relative[best], marker, ms=11, color=line.get_color())
+            ax.plot(ratios, relative, color=color, label=name)
+            ax.plot(ratios[best], relative[best], marker, ms=11, color=color)
             words.append(f"{name} is best at r = {ratios[best]:.2f} with {relative[best]:.2g}")
         ax.axhline(1, color=COLORS["original"], ls="--", label="plain rounding")
         ax.set(xlabel="r", ylabel="loss / plain rounding's", yscale="log")
         set_loss_axis(ax, np.array([np.array(each) / each[0] for each in losses.values()]))
-        ax.legend(loc="upper left", ncols=2)
+        ax.legend(loc="lower left")
     return Picture(figure, f"Curves of loss over r, plain rounding is 1: {'; '.join(words)}.")
 
 
@@ -87,3 +89,26 @@ def set_loss_axis(ax, relative):
     ax.set_ylim(low, high)
     ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()
+
+
+def scale_curve(scales: list[float], errors: list[float]) -> Picture:
+    """The error of an output against the scale of one channel, both on logarithmic axes."""
+    best = int(np.argmin(errors))
+    with style():
+        figure, ax = new_figure(10, 3.6)
+        ax.plot(scales, errors, "o-", color=COLORS["int8"])
+        ax.plot(scales[best], errors[best], "D", ms=12, color=COLORS["nf4"], label="best")
+        ax.set(
+            xscale="log", yscale="log", xlabel="s of the large channel",
+            ylabel="mean squared error\nof the output",
+        )  # fmt: skip
+        ticks = [2**k for k in range(10) if scales[0] <= 2**k <= scales[-1]]
+        ax.set_xticks(ticks, [str(tick) for tick in ticks])
+        ax.minorticks_off()
+        ax.legend()
+    return Picture(
+        figure,
+        f"Curve of the output's error over the scale of one channel: {errors[0]:.2g} without "
+        f"scaling, at best {errors[best]:.2g} at s = {scales[best]:.3g}, and {errors[-1]:.2g} at "
+        f"s = {scales[-1]:.3g}.",
+    )
