@@ -58,8 +58,6 @@ def ours(method, bits, group_size, dtype=torch.float32, **options):
 
 def fused(method):
     """Ours in 4 bits with a fused kernel, borrowed for NF4: see chapter13/fused.py."""
-    for logger in BITSANDBYTES_NOISE:
-        logging.getLogger(logger).setLevel(logging.ERROR)
     return lambda model: fuse(ours(method, 4, 64)(model))
 
 
