@@ -110,13 +110,13 @@ def evaluate_command(args: argparse.Namespace) -> None:
     reference = args.reference and _open(args.reference, args.device)[0]
     print(report(model))
     ours = evaluate.perplexity(model, tokens)
-    print(f"perplexity: {ours}")
+    print(f"perplexity: {ours!r}")
     if reference:
         theirs = evaluate.perplexity(reference, tokens)
-        print(f"perplexity of the reference: {theirs}")
-        print(f"difference, nats per token: {evaluate.difference(ours, theirs)}")
+        print(f"perplexity of the reference: {theirs!r}")
+        print(f"difference, nats per token: {evaluate.difference(ours, theirs)!r}")
         divergence = evaluate.kl_divergence(model, reference, tokens, progress=True)
-        print(f"KL divergence, nats per token: {divergence}")
+        print(f"KL divergence, nats per token: {divergence!r}")
 
 
 def _open(name: str, device: torch.device | None):

@@ -1,0 +1,401 @@
+"""The command line: what it writes, takes up again, refuses, and leaves behind."""
+
+import errno
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from test_models import sharded
+from test_outliers import tiny_gpt2
+from test_static import TOKENS, tiny_llama
+
+from chapter13 import __main__ as command
+from chapter13 import corpus, learned, models, quantize_model, results
+from chapter13.download import CHECKOUT
+from chapter13.linear import QuantizedLinear
+from tools import bench_large
+
+# the few words of the test's tokenizer make poor calibration text, which is said
+pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens span")
+FEW = ["--calibration-sequences", "6", "--calibration-length", "32"]
+MAKES = {"llama": tiny_llama, "gpt2": tiny_gpt2}
+
+
+@pytest.fixture(scope="module", params=MAKES)
+def model(request, tmp_path_factory):
+    """A folder with a small model in bfloat16, in several files."""
+    folder = tmp_path_factory.mktemp(request.param)
+    sharded(folder, MAKES[request.param], torch.bfloat16)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    sharded(folder, tiny_llama, torch.bfloat16)
+    return folder
+
+
+def run(*arguments):
+    return command.main([str(argument) for argument in arguments])
+
+
+def quantize(model, out, method, *more):
+    size = [] if "--group-size" in more else ["--group-size", 32]
+    return run("quantize", model, out, "--method", method, *size, *more)
+
+
+def content(folder):
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def weights(model):
+    """What each layer stands for, and all else, in float32."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    rest = {
+        name: tensor.float()
+        for name, tensor in model.state_dict().items()
+        if name.rpartition(".")[0] not in layers
+    }
+    return rest | {name: layer.quantized.dequantize() for name, layer in layers.items()}
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "options"),
+    [
+        ("gptq", FEW, {}),
+        ("gptq", [*FEW, "--symmetric", "--no-act-order", "--damp", "0.1"],
+         {"symmetric": True, "act_order": False, "damp": 0.1}),
+        ("gptq", [*FEW, "--clip-search", "--bits", "3"], {"clip_search": True, "bits": 3}),
+        ("awq", FEW, {}),
+        ("absmax", ["--bits", "8", "--group-size", "channel"],
+         {"bits": 8, "group_size": "channel"}),
+        ("affine", [], {}),
+        ("nf4", ["--double-quant"], {"double_quant": True}),
+        ("fp4", [], {}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)  # fmt: skip
+def test_it_writes_what_the_package_computes(model, method, more, options, tmp_path, capsys):
+    """From mapped bfloat16 files, block by block, the weights that float32 in memory gives.
+
+    But for AWQ, which changes norms, and so has to round them to the data type they are kept in.
+    """
+    out = tmp_path / "new" / "out"
+    assert quantize(model, out, method, *more) == 0
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    words = capsys.readouterr().err
+    assert "left as it was: Embedding in bfloat16" in words
+    assert f"evaluate {out} --reference {model}" in words
+
+    expected, tokenizer = models.load(str(model), device="cpu", mapped=method == "awq")
+    options = {"group_size": 32} | options
+    if "--calibration-length" in more:
+        options["calibration"] = corpus.calibration_tokens(tokenizer, 6, 32)
+    quantize_model(expected, method, progress=False, **options)
+    back, words = command._open(str(out), torch.device("cpu"))
+    assert words("w3 w1").input_ids == [3, 1]
+    ours, theirs = weights(back), weights(expected)
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        assert torch.equal(ours[name], weight), name
+    with torch.inference_mode():
+        assert back(TOKENS).logits.isfinite().all()
+
+
+def test_the_format_is_what_todays_programs_read(llama, tmp_path):
+    for method, more, expected in (
+        ("absmax", [], "gptq"),
+        ("affine", [], "gptq_v2"),
+        ("gptq", [*FEW, "--symmetric"], "gptq"),
+        ("affine", ["--format", "gptq"], "gptq"),
+    ):
+        out = tmp_path / f"{method}{len(more)}"
+        assert quantize(llama, out, method, *more) == 0
+        settings = json.loads((out / "config.json").read_text())["quantization_config"]
+        assert settings["checkpoint_format"] == expected
+
+
+def test_text_of_ones_own(llama, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{i * i % 19}" for i in range(400)), encoding="utf-8")
+    out = tmp_path / "out"
+    assert quantize(llama, out, "gptq", *FEW, "--calibration-file", text) == 0
+    expected, tokenizer = models.load(str(llama), device="cpu")
+    tokens = corpus.text_tokens(tokenizer, text.read_text(), 6, 32)
+    quantize_model(expected, "gptq", group_size=32, progress=False, calibration=tokens)
+    ours, theirs = weights(command._open(str(out), None)[0].cpu()), weights(expected)
+    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
+
+
+@pytest.mark.parametrize("method", ["affine", "nf4"])
+def test_evaluate(llama, method, tmp_path, capsys):
+    assert quantize(llama, tmp_path / "out", method) == 0
+    size = ["--sequences", "3", "--length", "16"]
+    capsys.readouterr()
+    assert run("evaluate", tmp_path / "out", "--reference", llama, *size) == 0
+    printed = capsys.readouterr().out
+    assert "14 linear layers" in printed
+    numbers = re.findall(r"(?m)^(.+): (-?[\d.e-]+) \(95%: .* 3 sequences\)$", printed)
+    assert [name for name, _ in numbers] == [
+        "perplexity",
+        "perplexity of the reference",
+        "difference, nats per token",
+        "KL divergence, nats per token",
+    ]
+    assert float(dict(numbers)["KL divergence, nats per token"]) > 0
+    assert run("evaluate", llama, "--reference", llama, *size) == 0
+    divergence = re.search(r"KL divergence, nats per token: (\S+)", capsys.readouterr().out)[1]
+    assert abs(float(divergence)) < 1e-12  # the same logits: what is left is float64's own
+
+
+NEVER = [  # (what is wrong, words of the message); told before the model is looked at
+    (["--method", "gtpq"], "invalid choice: 'gtpq'"),
+    ([], "required: --method"),
+    (["--method", "absmax", "--bits", "5"], "must be one of 2, 3, 4, 8"),
+    (["--method", "absmax", "--bits", "four"], "a positive number, not 'four'"),
+    (["--method", "nf4", "--bits", "3"], "nf4 is a table of 16 values"),
+    (["--method", "nf4", "--group-size", "channel"], "give --group-size a number"),
+    (["--method", "absmax", "--group-size", "0"], 'a positive number or "channel"'),
+    (["--method", "absmax", "--double-quant"], "--double-quant belongs to nf4, fp4, not to absmax"),
+    (["--method", "nf4", "--no-act-order"], "--no-act-order belongs to gptq, not to nf4"),
+    (["--method", "fp4", "--format", "gptq"], "--format belongs to"),
+    (["--method", "affine", "--calibration-file", "x"], "--calibration-file belongs to gptq"),
+    (["--method", "gptq", "--damp", "-1"], "a number of 0 or more, not '-1'"),
+    (["--method", "gptq", "--damp", "nan"], "a number of 0 or more, not 'nan'"),
+    (["--method", "gptq", "--device", "gpu"], "cpu, cuda or cuda:1, not 'gpu'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), NEVER, ids=[words for _, words in NEVER])
+def test_wrong_options_are_named_at_once(arguments, words, tmp_path, capsys, monkeypatch):
+    for function in "load", "skeleton":
+        monkeypatch.setattr(models, function, lambda *_, **__: pytest.fail("work was begun"))
+    with pytest.raises(SystemExit) as ended:
+        run("quantize", "someone/something", tmp_path / "out", *arguments)
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def refused(capsys, *arguments):
+    """The one line of an expected error."""
+    capsys.readouterr()
+    assert run(*arguments) == 1
+    line = capsys.readouterr().err
+    assert re.fullmatch(r"error: [^\n]+\n", line), line
+    return line
+
+
+def test_what_does_not_fit_the_model_is_said_before_its_weights_are_read(
+    llama, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("weights were read"))
+    start = "quantize", llama, tmp_path / "out", "--method"
+    line = refused(capsys, *start, "absmax", "--group-size", "64")
+    assert "group size 64 does not divide the rows of 2 layers" in line
+    assert "these fit all layers: 2, 4, 8, 16, 32" in line
+    line = refused(capsys, *start, "gptq", "--group-size", "32", "--calibration-length", "9999")
+    assert "sequences of 9999 tokens: this model takes 2048 at most" in line
+    line = refused(capsys, *start, "gptq", "--calibration-file", tmp_path / "nothing")
+    assert "nothing" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_models_that_it_does_not_take(tmp_path, capsys):
+    odd = tiny_llama(intermediate_size=80)
+    odd.save_pretrained(tmp_path / "odd")
+    config = transformers.OPTConfig(
+        hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=100,
+        word_embed_proj_dim=32,
+    )  # fmt: skip
+    transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    (tmp_path / "empty").mkdir()
+    before = sorted(tmp_path.iterdir())
+
+    def line(model):
+        start = "quantize", tmp_path / model, tmp_path / "out", "--method", "absmax"
+        return refused(capsys, *start, "--group-size", "16")
+
+    assert "the format's words want multiples of 32" in line("odd")
+    assert "2 linear layers outside its blocks, first model.decoder.project" in line("opt")
+    assert "holds no model: it has no config.json" in line("empty")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_out_must_be_new_and_the_model_not_quantized(llama, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()  # an empty folder is as good as none
+    assert quantize(llama, out, "absmax") == 0
+    before = content(out)
+    start = ("--method", "absmax", "--group-size", "32")
+    assert "exists and is not empty" in refused(capsys, "quantize", llama, out, *start)
+    assert "is quantized already" in refused(capsys, "quantize", out, tmp_path / "b", *start)
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert "exists and is not empty" in refused(capsys, "quantize", llama, file, *start)
+    assert file.read_text() == "mine"
+    assert content(out) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out"]
+
+
+def test_no_network(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(models, "_hub_answers", lambda name: False)
+    start = "quantize", "nobody/no-such-model", tmp_path / "out", "--method", "absmax"
+    assert "hub cannot be reached" in refused(capsys, *start)
+    assert "hub cannot be reached" in refused(capsys, "evaluate", "nobody/no-such-model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_little_text(llama, tmp_path, capsys):
+    text = tmp_path / "text"
+    text.write_text("w1 w2 w3", encoding="utf-8")
+    start = "quantize", llama, tmp_path / "out", "--method", "gptq", "--group-size", "32"
+    line = refused(capsys, *start, *FEW, "--calibration-file", text)
+    assert "asked for 6 sequences of 32 tokens; the calibration text has 0" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+    line = refused(capsys, "evaluate", llama, "--sequences", "999999", "--length", "16")
+    assert "the evaluation text has" in line
+
+
+# ends itself, by a true signal, once the first block is in its file
+ENDING = """
+import os, sys
+from chapter13 import __main__ as command, learned
+save = learned.save_quantized
+def ending(block, file):
+    save(block, file)
+    os.kill(os.getpid(), int(sys.argv[1]))
+learned.save_quantized = ending
+sys.exit(command.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("method", ["gptq", "nf4"])
+def test_the_same_command_goes_on_after_an_interruption(llama, end, method, tmp_path, monkeypatch):
+    more = FEW if method == "gptq" else []
+    assert quantize(llama, tmp_path / "whole", method, *more) == 0
+    out, folder = tmp_path / "out", tmp_path / "out.unfinished"
+    arguments = ["quantize", llama, out, "--method", method, "--group-size", 32, *more]
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDING, str(int(end)), *map(str, arguments)],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == {signal.SIGINT: 130, signal.SIGKILL: -9}[end]
+    if end == signal.SIGINT:
+        assert "keeps the finished blocks: the same command goes on" in ended.stderr
+        assert ended.stderr.endswith("Interrupted.\n")
+        assert "Traceback" not in ended.stderr
+    assert not out.exists()
+    assert [path.name for path in folder.glob("blocks/*.safetensors")] == ["block-0000.safetensors"]
+
+    # what a killed run may leave half written
+    (folder / "blocks" / ".block-0001.safetensors.1.part").write_bytes(b"half")
+    (folder / ".result.x").mkdir()
+    (folder / "result").mkdir()
+    saved, save = [], learned.save_quantized
+    monkeypatch.setattr(learned, "save_quantized", lambda *a: (saved.append(a[1].name), save(*a)))
+    assert run(*arguments) == 0
+    assert saved == ["block-0001.safetensors"]
+    assert content(out) == content(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_a_full_disk(llama, tmp_path, capsys, monkeypatch):
+    import safetensors.torch
+
+    save = safetensors.torch.save_file
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def fails(tensors, file, metadata):
+        if "result" in str(file):
+            file.write_bytes(b"half")
+            raise full
+        save(tensors, file, metadata=metadata)
+
+    start = "quantize", llama, tmp_path / "out", "--group-size", "32", "--method"
+    monkeypatch.setattr(safetensors.torch, "save_file", fails)
+    for method in "affine", "nf4":
+        assert run(*start, method) == 1
+        words = capsys.readouterr().err
+        assert "out.unfinished keeps the finished blocks" in words
+        assert words.endswith("error: [Errno 28] No space left on device\n")
+        assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
+        monkeypatch.setattr(safetensors.torch, "save_file", save)
+        assert run(*start, method) == 0
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        monkeypatch.setattr(safetensors.torch, "save_file", fails)
+        (tmp_path / "out").rename(tmp_path.parent / f"{tmp_path.name}-{method}")
+
+
+def test_another_command_does_not_take_up_the_blocks(llama, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    start = "quantize", llama, tmp_path / "out", "--group-size", "32", "--method"
+    with monkeypatch.context() as patch:
+        patch.setattr(command.checkpoint, "save_gptq", interrupted)
+        assert run(*start, "absmax") == 130
+    capsys.readouterr()
+    assert run(*start, "affine") == 1
+    words = capsys.readouterr().err
+    assert "holds the blocks of another run (absmax, bits 4, group_size 32)" in words
+    assert "goes on from there" not in words
+    assert run(*start, "absmax") == 0
+
+
+def test_two_runs_at_once(llama, tmp_path, capsys):
+    with command._unfinished(tmp_path / "out"):
+        start = "quantize", llama, tmp_path / "out", "--method", "absmax"
+        line = refused(capsys, *start, "--group-size", "32")
+        assert "another run is writing to" in line
+
+
+def test_help_and_no_command(capsys):
+    for arguments in ["--help"], ["quantize", "--help"], ["evaluate", "--help"]:
+        with pytest.raises(SystemExit) as ended:
+            run(*arguments)
+        assert ended.value.code == 0
+        assert "MODEL" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        run()
+    assert ended.value.code == 2
+
+
+def test_the_readmes_commands_are_commands():
+    text = bench_large.README.read_text(encoding="utf-8")
+    lines = re.findall(r"(?m)^(?:\S*/)?python -m chapter13 (.+)$", text)
+    assert len(lines) >= 2
+    for line in lines:
+        args = command._parser().parse_args(shlex.split(line))
+        if args.run is command.quantize_command:
+            command._check_options(command._parser(), args)
+
+
+def test_the_readmes_measurement_is_not_stale():
+    text = bench_large.README.read_text(encoding="utf-8")
+    _, _, rest = text.partition(bench_large.SECTION[0])
+    section, end, _ = rest.partition(bench_large.SECTION[1])
+    assert end, "the README has lost the comments between which `make bench-large` writes"
+    assert section == bench_large.readme_section(results.load()), "stale: run `make bench-large`"
+
+
+def test_a_checkpoint_is_made_of_what_the_index_says(tmp_path, monkeypatch):
+    monkeypatch.setitem(bench_large.SHAPES, "1b", (4, 64, 96, 4, 2))
+    count = bench_large.make_checkpoint(tmp_path, "1b")
+    places = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    for name, file in places.items():
+        with safe_open(tmp_path / file, framework="pt") as content:
+            assert name in content.keys()
+    model, _ = models.load(str(tmp_path), device="cpu", mapped=True)
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
