@@ -594,6 +594,9 @@ def test_gptqmodel_borrows_for_a_zero_point_of_0(bits):
 # --- the peers --------------------------------------------------------------------------------
 
 
+slow = pytest.mark.timeout(1200)  # importing a peer and its compiling, on a busy machine
+
+
 def ask(peer, jobs):
     """The peer's answers; without its environment a loud skip, or a failure where CI wants it."""
     try:
@@ -642,6 +645,7 @@ OURS_IN_AUTOGPTQ = [
 ]
 
 
+@slow
 def test_autogptq_computes_our_logits(base, tmp_path, monkeypatch):
     jobs, expected = [], []
     monkeypatch.setattr(checkpoint, "SHARD", 200_000)  # the larger ones in several files
@@ -656,12 +660,14 @@ def test_autogptq_computes_our_logits(base, tmp_path, monkeypatch):
         compare(ours, load_file(job[3])["logits"])
 
 
+@slow
 def test_autogptq_stops_at_the_second_format(base, tmp_path):
     save_gptq(quantized(), tmp_path / "v2", checkpoint_format="gptq_v2")
     with pytest.raises(RuntimeError, match=r"FileNotFoundError.*quantize_config\.json"):
         ask("autogptq", [["logits", tmp_path / "v2", base / "tokens", tmp_path / "logits"]])
 
 
+@slow
 def test_our_logits_of_autogptqs_checkpoints(base, tmp_path):
     options = {
         "symmetric": ["--bits", 4, "--symmetric"],
@@ -689,6 +695,7 @@ def test_our_logits_of_autogptqs_checkpoints(base, tmp_path):
         load_gptq(tmp_path / "act-order")
 
 
+@slow
 def test_gptqmodel_computes_our_logits(base, tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(checkpoint, "SHARD", 200_000)  # the larger ones in several files
     kinds = [
@@ -709,12 +716,14 @@ def test_gptqmodel_computes_our_logits(base, tmp_path, tokenizer, monkeypatch):
         compare_rounded(model, load_file(job[3])["logits"], bits)
 
 
+@slow
 def test_gptqmodel_takes_asymmetric_version_1_from_itself_alone(base, tmp_path, tokenizer):
     save_gptq(quantized(), tmp_path / "v1", tokenizer)
     with pytest.raises(RuntimeError, match="sym=False model with format=gptq is only supported"):
         ask("gptqmodel", [["logits", tmp_path / "v1", base / "tokens", tmp_path / "logits"]])
 
 
+@slow
 def test_transformers_computes_our_logits(base, tmp_path, tokenizer):
     """Through GPTQModel's environment, which holds optimum for it; asymmetric in version 1."""
     model = quantized(bits=3)
@@ -724,6 +733,7 @@ def test_transformers_computes_our_logits(base, tmp_path, tokenizer):
     compare_rounded(model, load_file(tmp_path / "logits")["logits"], 3)
 
 
+@slow
 def test_our_logits_of_gptqmodels_checkpoints(base, tmp_path):
     options = {"borrows": ["--bits", 2], "defaults": ["--bits", 4, "--defaults"]}
     common = [base / "model", base / "text"]
