@@ -105,9 +105,10 @@ def logits(arguments):
             arguments.checkpoint, dtype=torch.float32, device_map="cpu"
         )
     else:
+        # its plain kernel refuses float32 at loading, and computes in it after a cast
         model = gptqmodel.GPTQModel.load(
-            str(arguments.checkpoint), device="cpu", dtype=torch.float32
-        ).model
+            str(arguments.checkpoint), device="cpu", dtype=torch.float16
+        ).model.float()
     drive.write_logits(arguments.output, model.eval(), tokens)
     return {"kernel": drive.linear_kind(model)}
 
