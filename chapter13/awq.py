@@ -205,9 +205,9 @@ def quantize_block(
     """Quantizes the next block of a walk, and sends the hidden states through it.
 
     Returns the weights of its linear layers by their names in the block, as `quantize_affine`
-    makes them. In the block itself norms and biases take the scales in, and the layers hold the
-    dequantized weights. All of these are new parameters, in the old ones' data types: whoever kept
-    `dict(block.named_parameters())` can put the old ones back, also after an error.
+    makes them. In the block itself norms and biases take the scales in, in their data types, and
+    the layers hold the dequantized weights in float32. All of these are new parameters: whoever
+    kept `dict(block.named_parameters())` can put the old ones back, also after an error.
 
     The loss of scales that a norm takes in is that of the whole attention or MLP; of those that a
     linear layer takes in, that of the layer which reads them. All are searched in the block as it
@@ -256,8 +256,11 @@ def quantize_block(
         _put(layer, "weight", _stored(layer, restored))
         error = (x @ (restored - W).T).square().sum().item()
         done(name, error / (x @ W.T).square().sum().item() if error else 0.0)
+    # norms and biases go out in their own data type; the weights, which stand for codes, do not
+    rounded = {f"{name}.weight" for name in quantized}
     for name, dtype in dtypes.items():
-        _cast(block, name, dtype)
+        if name not in rounded:
+            _cast(block, name, dtype)
     walk.advance(index)
     return quantized
 

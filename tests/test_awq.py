@@ -478,7 +478,9 @@ def test_bfloat16_blocks():
     other = Walk(wide, TOKENS)
     other.hidden = [hidden.clone() for hidden in Walk(copy.deepcopy(model), TOKENS).hidden]
     expected = awq.quantize_block(other, 0, ignore, 4, 32)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    for name, parameter in model.named_parameters():  # the weights stand for codes, to the bit
+        block_weight = ".layers.0." in name and name.endswith("_proj.weight")
+        assert parameter.dtype == (torch.float32 if block_weight else torch.bfloat16)
     for name in expected:
         same = (expected[name].codes() == quantized[name].codes()).double().mean()
         assert same > 0.99, name  # rotary angles may differ in their last bits

@@ -11,6 +11,7 @@ from test_outliers import tiny_gpt2
 from test_static import TOKENS, tiny_llama
 
 from chapter13 import (
+    awq,
     blocks,
     corpus,
     evaluate,
@@ -103,9 +104,13 @@ class Interrupted(KeyboardInterrupt):
     pass
 
 
-def interrupt_at(monkeypatch, call):
-    """Makes the `call`-th solution of GPTQ end like Ctrl-C."""
-    solve, calls = gptq.quantize, []
+SOLVERS = {"gptq": (gptq, "quantize"), "awq": (awq, "quantize_affine")}  # once a layer
+
+
+def interrupt_at(monkeypatch, method, call):
+    """Makes the quantization of the `call`-th layer end like Ctrl-C."""
+    module, name = SOLVERS[method]
+    solve, calls = getattr(module, name), []
 
     def counted(*args, **kwargs):
         calls.append(1)
@@ -113,46 +118,48 @@ def interrupt_at(monkeypatch, call):
             raise Interrupted
         return solve(*args, **kwargs)
 
-    monkeypatch.setattr(gptq, "quantize", counted)
+    monkeypatch.setattr(module, name, counted)
     return calls
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("call", [1, 4, 7])
-def test_an_interrupted_model_is_as_it_was(make, resume, call, monkeypatch, tmp_path):
+@pytest.mark.parametrize("method", SOLVERS)
+def test_an_interrupted_model_is_as_it_was(method, make, resume, call, monkeypatch, tmp_path):
     model = make()
     before = state(model)
     parameters = dict(model.named_parameters())
-    interrupt_at(monkeypatch, call)
+    interrupt_at(monkeypatch, method, call)
     with pytest.raises(Interrupted):
-        quantize_model(model, "gptq", resume=tmp_path / "run" if resume else None, **SMALL)
+        quantize_model(model, method, resume=tmp_path / "run" if resume else None, **SMALL)
     assert_same(model, before)
     for name, parameter in model.named_parameters():
         assert parameter is parameters[name]
     monkeypatch.undo()
-    quantize_model(model, "gptq", **SMALL)  # and it can be quantized after all
+    quantize_model(model, method, **SMALL)  # and it can be quantized after all
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_resumed_run_gives_what_an_unbroken_one_gives(make, dtype, monkeypatch, tmp_path):
-    unbroken = quantize_model(make().to(dtype), "gptq", **SMALL)
+@pytest.mark.parametrize("method", SOLVERS)
+def test_a_resumed_run_gives_what_an_unbroken_one_gives(method, make, dtype, monkeypatch, tmp_path):
+    unbroken = quantize_model(make().to(dtype), method, **SMALL)
     run = tmp_path / "run"
     blocks_done = 4 if make is tiny_gpt2 else 7
-    interrupt_at(monkeypatch, blocks_done + 2)
+    interrupt_at(monkeypatch, method, blocks_done + 2)
     with pytest.raises(Interrupted):
-        quantize_model(make().to(dtype), "gptq", resume=run, **SMALL)
+        quantize_model(make().to(dtype), method, resume=run, **SMALL)
     monkeypatch.undo()
     assert sorted(path.name for path in run.iterdir()) == ["block-0000.safetensors", "run.json"]
 
-    calls = interrupt_at(monkeypatch, 99)
-    resumed = quantize_model(make().to(dtype), "gptq", resume=run, **SMALL)
+    calls = interrupt_at(monkeypatch, method, 99)
+    resumed = quantize_model(make().to(dtype), method, resume=run, **SMALL)
     assert len(calls) == blocks_done  # the first block was not solved again
     assert_same(resumed, state(unbroken))
 
     calls.clear()
-    again = quantize_model(make().to(dtype), "gptq", resume=run, **SMALL)
+    again = quantize_model(make().to(dtype), method, resume=run, **SMALL)
     assert not calls
     assert_same(again, state(unbroken))
 
