@@ -78,7 +78,7 @@ def test_report_counts_what_is_left():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "gptw"}, "method must be one of absmax, affine, nf4, fp4, gptq, awq, not 'gptw'"),
+        ({"method": "gptw"}, "must be one of absmax, affine, nf4, fp4, gptq, awq, not 'gptw'"),
         ({"method": "absmax", "bits": 9}, "bits must be a whole number from 2 to 8, not 9"),
         ({"method": "nf4", "bits": 3}, "nf4 is a table of 16 values: it takes 4 bits, not 3"),
         ({"method": "nf4", "group_size": 0}, "q_proj: block_size must be a positive int, not 0"),
