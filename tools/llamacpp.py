@@ -27,6 +27,8 @@ from chapter13.gguf_model import FILE_TYPES, write_model
 ROOT = Path(__file__).parent.parent
 PEER = ROOT / ".peers" / "llamacpp" / "bin" / "python"
 REFERENCE = ROOT / "tests" / "llamacpp.json"
+README = ROOT / "README.md"
+SECTION = ("<!-- llama: written by `make llama`, do not edit -->\n", "<!-- end of llama -->")
 SEQUENCES, LENGTH, NEW = 4, 128, 24
 
 
@@ -109,6 +111,41 @@ def measure(path: Path, tokens: torch.Tensor) -> tuple[dict, torch.Tensor]:
     return measured, logs[" llama.cpp"]
 
 
+def readme_section(records: dict) -> str:
+    """The README's table of llama.cpp beside torch, from data/results.json."""
+    found = {kind: records[f"llama.cpp {kind}"] for kind in FILE_TYPES}
+    first = next(iter(found.values()))
+    environment = first["environment"]
+    lines = [
+        f"{environment['machine']}, llama-cpp-python {first['llama-cpp-python']}, "
+        f"{environment['date']}; {first['tokens']}. KL: the median over positions, in nats, to "
+        "the same weights multiplied in float32.",
+        "",
+        "| file | MB | perplexity, llama.cpp | perplexity, ours | KL of llama.cpp "
+        "| KL of Q8_0 inputs alone | same likeliest token | written alike |",
+        "|" + " --- |" * 8,
+    ]
+    for kind, each in found.items():
+        alike = ", ".join(str(count) for count in each["written tokens alike"])
+        lines.append(
+            f"| {kind} | {each['megabytes']:.1f} | {each['perplexity llama.cpp']:.2f} "
+            f"| {each['perplexity']:.2f} | {each['KL llama.cpp']:.4f} "
+            f"| {each['KL Q8_0 inputs']:.4f} | {each['same likeliest token']:.1%} "
+            f"| {alike} of {NEW} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def write_readme(records: dict) -> None:
+    """Puts the table into the README, between its two comments."""
+    before, _, rest = README.read_text(encoding="utf-8").partition(SECTION[0])
+    _, end, after = rest.partition(SECTION[1])
+    if not end:
+        raise SystemExit(f"README.md has lost the comments {SECTION[0].strip()} and {SECTION[1]}")
+    text = before + SECTION[0] + readme_section(records) + end + after
+    README.write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     if not PEER.exists():
         raise SystemExit("llama.cpp is not there: run `make llama`")
@@ -126,10 +163,11 @@ def main() -> None:
             measured["llama-cpp-python"] = version
             results.record(f"llama.cpp {kind}", measured, ("transformers", "gguf"))
             reference[kind] = [[round(x, 3) for x in row] for row in log_p.tolist()]
-            print(kind, json.dumps(measured))
+            print(kind, json.dumps(measured), flush=True)
     part = REFERENCE.with_suffix(".part")
     part.write_text(json.dumps(reference) + "\n", encoding="utf-8")
     part.replace(REFERENCE)
+    write_readme(results.load())
 
 
 if __name__ == "__main__":
