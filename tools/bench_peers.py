@@ -12,11 +12,12 @@ interval of the difference to AutoGPTQ. The table goes to data/results.json as "
 
 import argparse
 import json
-import resource
+import logging
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from chapter13 import corpus, evaluate, models, quantize_model, results
 from chapter13.linear import QuantizedLinear
-from chapter13.quantize import load_quantized, save_quantized
+from chapter13.storage import load_quantized, save_quantized
 
 sys.path.insert(0, str(results.FILE.parent.parent))  # a script finds its own folder alone
 from tools import bench_models, peers
@@ -72,7 +73,7 @@ def quantize_here(name, folder, tokens, output):
             options["calibration"] = load_file(tokens)["tokens"]
         quantize_model(model, bits=BITS, group_size=GROUP_SIZE, progress=False, **options)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    peak = bench_models.peak() / 1e6
     if name != NF4:
         save_quantized(model, output)
     return {"seconds": seconds, "peak_mb": peak}
@@ -177,11 +178,10 @@ def main():
     parser.add_argument("--only", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     models.silence_torchao()
+    for logger in bench_models.BITSANDBYTES_NOISE:
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*calibration tokens span")
     if arguments.only:
-        for logger in bench_models.BITSANDBYTES_NOISE:
-            import logging
-
-            logging.getLogger(logger).setLevel(logging.ERROR)
         name, *paths = arguments.only
         print(json.dumps(quantize_here(name, *map(Path, paths))))
         return
