@@ -13,7 +13,7 @@ NOTEBOOKS := $(wildcard notebooks/[0-9][0-9]_*.ipynb)
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-with=tests/nbval_sanitize.cfg
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test data rerun reset lint mutants bench peers bench-peers llama fuzz pictures pins clean
+.PHONY: help setup lab test data rerun reset lint mutants bench bench-large peers bench-peers llama fuzz pictures pins clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ reset: setup ## the notebooks as they came; yours are kept beside them as my_*.i
 
 bench: data ## measure speed side by side with the reference libraries
 	$(BIN)/python tools/bench.py
+
+bench-large: data ## measure the command line on a model with a billion parameters (9 GB of disk, long)
+	$(BIN)/python -m tools.bench_large
 
 mutants: data ## break the package in many small ways and count what the tests notice (long)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[mutants]'
