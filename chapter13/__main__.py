@@ -52,7 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         args.run(args)
-    except (ValueError, OSError, ImportError, SafetensorError) as error:
+    except Exception as error:
+        expected = isinstance(error, (ValueError, OSError, ImportError, SafetensorError))
+        if not expected and "No space left" not in str(error):  # tokenizers raise bare Exceptions
+            raise
         _say(f"error: {' '.join(str(error).split())}")  # some of transformers' are paragraphs
         return 1
     except KeyboardInterrupt:

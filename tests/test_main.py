@@ -338,6 +338,20 @@ def test_a_full_disk(llama, tmp_path, capsys, monkeypatch):
         (tmp_path / "out").rename(tmp_path.parent / f"{tmp_path.name}-{method}")
 
 
+def test_other_errors_are_not_hidden(llama, tmp_path, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise Exception(words)  # as the tokenizers library does
+
+    start = "quantize", llama, tmp_path / "out", "--group-size", "32", "--method", "absmax"
+    monkeypatch.setattr(command.checkpoint, "save_gptq", fails)
+    words = "No space left on device (os error 28)"
+    assert run(*start) == 1
+    assert capsys.readouterr().err.endswith(f"error: {words}\n")
+    words = "a slip of ours"
+    with pytest.raises(Exception, match=words):
+        run(*start)
+
+
 def test_another_command_does_not_take_up_the_blocks(llama, tmp_path, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
