@@ -37,7 +37,7 @@ from chapter13.tensors import QuantizedTensor, scale_shape
 
 FORMATS = ("gptq", "gptq_v2")
 BITS = (2, 3, 4, 8)
-SHARD = 2**28  # bytes of a file, at most, and of what is in memory of it when it is written
+SHARD = 2**27  # bytes of a file, at most, and of what is in memory of it when it is written
 
 
 def save_gptq(
