@@ -70,15 +70,12 @@ def quantize(arguments):
 
 def logits(arguments):
     tokens = drive.read_tokens(arguments.tokens)
+    if arguments.through_transformers:
+        raise SystemExit("transformers 4 asks for optimum and a GPU here: use GPTQModel's driver")
     with drive.readable_by_old_transformers(arguments.checkpoint) as folder:
-        if arguments.through_transformers:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, torch_dtype=torch.float32, device_map="cpu"
-            )
-        else:
-            model = AutoGPTQForCausalLM.from_quantized(
-                str(folder), device="cpu", torch_dtype=torch.float32, use_safetensors=True
-            ).model
+        model = AutoGPTQForCausalLM.from_quantized(
+            str(folder), device="cpu", torch_dtype=torch.float32, use_safetensors=True
+        ).model
     drive.write_logits(arguments.output, model.eval(), tokens)
     return {"kernel": drive.linear_kind(model)}
 
