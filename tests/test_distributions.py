@@ -7,15 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from chapter13 import quantize_absmax, quantize_affine, quantize_codebook
+from chapter13 import awq, corpus, gptq, models, quantize_absmax, quantize_affine, quantize_codebook
 from chapter13.codebook import CODE_BOOKS
 from chapter13.errors import max_abs_error, mse, sqnr_db
 from chapter13.explorers import distributions
 from chapter13.explorers.distributions import (
     EDGES,
     GROUP_SIZES,
+    LEARNED,
     METHODS,
     PROBABILITIES,
+    CalibrationText,
+    Seen,
     count_codes,
     entropy,
     explore_distributions,
@@ -237,6 +240,69 @@ def test_scales_that_float16_cannot_hold_are_explained_by_what_the_panel_has():
     assert "scale_dtype" not in said  # there is no such control
     assert "do not apply" not in panel.set(method="nf4", bits=4)
     panel.close()
+
+
+# --- methods that learn from inputs ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def seen():
+    inputs = normal(300, 128, seed=3) @ (normal(128, 128, seed=4) + 0.3)
+    inputs[:, 7] *= 30
+    return Seen(inputs, gptq.hessian(inputs))
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("method", LEARNED)
+def test_learned_numbers_are_the_packages_own(name, method, seen):
+    given = WEIGHTS[name]
+    layer, given = prepare(given), given.float()
+    for bits, group_size in product((2, 4, 8), ("channel", 64, 16)):
+        shown = view(layer, method, bits, group_size, 1, seen)
+        if method == "gptq":
+            quantized = gptq.quantize(given, seen.hessian, bits, group_size)
+            approximation = quantized.dequantize()
+        else:
+            x = seen.inputs[::3]  # 100 of 300 tokens: at most AWQ_TOKENS
+            outputs = lambda weights, x=x: [x @ W.T for W in weights]  # noqa: E731
+            s = awq.search_scale(x.abs().mean(0), [given], outputs, bits, group_size).s
+            quantized = quantize_affine(given * s, bits, group_size)
+            approximation = quantized.dequantize() / s
+        check_pictures(layer, shown, given, given, quantized, approximation)
+        assert f"{mse(given, approximation):.2e}" in shown.readout
+        loss = gptq.layer_loss(given, approximation, seen.hessian)
+        rounded = quantize_affine(given, bits, group_size).dequantize()
+        assert shown.output_losses == (loss, gptq.layer_loss(given, rounded, seen.hessian))
+        assert f"error of the outputs   {loss:.2g}, affine" in shown.readout
+
+
+def test_learned_methods_say_what_they_need():
+    panel = explore_distributions(normal(4, 128))
+    for method in LEARNED:
+        assert "a scale per row at least" in panel.set(method=method, group_size="tensor")
+        assert "learns from a layer's inputs" in panel.set(group_size=64)
+    panel.close()
+
+
+def test_what_reaches_a_layer_of_the_embedded_model(monkeypatch):
+    monkeypatch.setattr(distributions, "SEQUENCES", 1)
+    monkeypatch.setattr(distributions, "LENGTH", 16)
+    text = CalibrationText()
+    model, tokenizer = models.load(device="cpu")
+    tokens = corpus.calibration_tokens(tokenizer, 1, 16)
+    for block, name in ((3, "mlp.down_proj"), (0, "self_attn.k_proj")):  # backwards too
+        wanted = []
+        linear = model.model.layers[block].get_submodule(name)
+        hook = linear.register_forward_pre_hook(lambda _, args, kept=wanted: kept.append(args[0]))
+        with torch.no_grad():
+            model(tokens)
+        hook.remove()
+        shown = text.seen(block, name.rpartition(".")[2])
+        # the same float32 operations on the same numbers, but for the kernels' choice of order
+        apart = (shown.inputs - wanted[0][0]).norm() / wanted[0].norm()
+        assert apart < 1e-4
+        expected = 2 / 16 * shown.inputs.double().T @ shown.inputs.double()
+        assert (shown.hessian - expected).norm() < 1e-4 * expected.norm()
 
 
 def test_a_group_size_that_does_not_divide_is_explained():

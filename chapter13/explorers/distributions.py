@@ -1,6 +1,7 @@
 """The explorer of notebook 07: what quantization does to the distribution of a layer's weights."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -10,18 +11,23 @@ import ipywidgets as widgets
 import numpy as np
 import torch
 
+from chapter13 import awq, gptq
+from chapter13.blocks import Walk
 from chapter13.codebook import quantize_codebook
+from chapter13.corpus import calibration_tokens
 from chapter13.errors import max_abs_error, mse
 from chapter13.explorers.base import Explorer, lines, outlier_slider
 from chapter13.explorers.codebooks import METHODS as LABELS
 from chapter13.explorers.codebooks import integer_grid
-from chapter13.integer import quantize_absmax
-from chapter13.models import LINEARS, linear_weights
+from chapter13.integer import quantize_absmax, quantize_affine
+from chapter13.models import LINEARS, linear_weights, load
 from chapter13.plots.distributions import DistributionsFigure, percent
 from chapter13.tensors import QuantizedTensor
 
 MOST = 1 << 20  # weights; of a larger matrix as many whole rows as make these are shown
 DRAWN = 100_000  # weights that make histograms and Q-Q plot; the readout and the codes are of all
+AWQ_TOKENS = 128  # that judge a scale: it is searched anew at each move
+SEQUENCES, LENGTH = 4, 256  # of calibration text
 # Histograms have 121 bins out to 4.5 standard deviations; zero lies in the middle of a bin.
 EDGES = np.linspace(-4.5, 4.5, 122)
 # 201 probabilities: those with which a normal variable stays below -3.5, -3.465, .. 3.5 sigma
@@ -51,13 +57,42 @@ def _code_book(kind):
     return quantize_weight
 
 
-# name -> function of (weight, bits, group size): the one place that knows the methods
+# name -> function of (weight, bits, group size): with LEARNED the one place that knows the methods
 METHODS: dict[str, Callable[[torch.Tensor, int, int | str], QuantizedTensor]] = {
     "absmax": _integer("absmax"),
     "affine": _integer("affine"),
     "nf4": _code_book("nf4"),
     "fp4": _code_book("fp4"),
 }
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What some text brings to a layer."""
+
+    inputs: torch.Tensor
+    """float32 (tokens, in_features)."""
+    hessian: torch.Tensor
+    """(in_features, in_features), of all tokens."""
+
+
+def _gptq(weight, seen, bits, group_size):
+    quantized = gptq.quantize(weight, seen.hessian, bits, group_size)
+    return quantized, quantized.dequantize()
+
+
+def _awq(weight, seen, bits, group_size):
+    x = seen.inputs[:: -(-len(seen.inputs) // AWQ_TOKENS)]
+    activation = x.abs().mean(0)
+    outputs = lambda weights: (x @ W.T for W in weights)  # noqa: E731
+    s = awq.search_scale(activation, [weight], outputs, bits, group_size).s
+    quantized = quantize_affine(weight * s, bits, group_size)
+    return quantized, quantized.dequantize() / s
+
+
+# name -> function of (weight, Seen, bits, group size): (quantized, the approximate weight)
+LEARNED = {"gptq": _gptq, "awq": _awq}
+LABELS = LABELS | {"gptq": "GPTQ", "awq": "AWQ (scales alone)"}
 
 
 @dataclass(frozen=True)
@@ -106,6 +141,8 @@ class View:
     """The error's histogram: densities on EDGES, in units of the error's root mean square."""
     quantiles: np.ndarray
     """The reconstruction's quantiles at PROBABILITIES, in the weights' standard deviations."""
+    output_losses: tuple[float, float] | None
+    """Of a learned method: the layer loss, and that of affine rounding."""
     readout: str
     alt: str
 
@@ -160,8 +197,17 @@ def prepare(weight: torch.Tensor) -> Layer:
     )
 
 
-def view(layer: Layer, method: str, bits: int, group_size: int | str, outlier: float) -> View:
+def view(
+    layer: Layer,
+    method: str,
+    bits: int,
+    group_size: int | str,
+    outlier: float,
+    seen: Seen | None = None,
+) -> View:
     """The layer, its largest weight made `outlier` times larger, quantized as the rest says.
+
+    Methods in LEARNED need to know what the layer has `seen`.
 
     What it is compared with (σ, gray histograms, the Q-Q plot's horizontal axis, the SQNR's signal)
     is the weight as it was given: one outlier shall not hide the errors of all others.
@@ -171,8 +217,11 @@ def view(layer: Layer, method: str, bits: int, group_size: int | str, outlier: f
     if outlier != 1:
         weight = weight.clone()
         weight.view(-1)[layer.largest] *= outlier
-    quantized = METHODS[method](weight, bits, group_size)
-    approximation = quantized.dequantize()
+    if method in LEARNED:
+        quantized, approximation = learn(weight, method, bits, group_size, seen)
+    else:
+        quantized = METHODS[method](weight, bits, group_size)
+        approximation = quantized.dequantize()
     code_counts = count_codes(quantized)
     used, information = np.count_nonzero(code_counts), entropy(code_counts)
     zeros = 1 - approximation.count_nonzero().item() / weight.numel()
@@ -198,6 +247,11 @@ def view(layer: Layer, method: str, bits: int, group_size: int | str, outlier: f
         ("largest error", f"{max_abs_error(weight, approximation):.2e}"),
         ("memory", f"{quantized.bits_per_weight:.3g} bits per weight"),
     )
+    losses = None
+    if method in LEARNED:
+        losses = output_losses(weight, approximation, bits, group_size, seen)
+        told = f"{losses[0]:.2g}, affine rounding {losses[1]:.2g}"
+        readout += "\n" + lines(("error of the outputs ", told))
     return View(
         layer=layer,
         method=method,
@@ -211,6 +265,7 @@ def view(layer: Layer, method: str, bits: int, group_size: int | str, outlier: f
         zeros=zeros,
         error_density=_density(errors, error**0.5 or 1.0),
         quantiles=_quantiles(values) / layer.sigma,
+        output_losses=losses,
         readout=readout,
         alt=(
             f"Four panels for {method} with {bits} bits: the weights and their reconstruction; "
@@ -221,6 +276,53 @@ def view(layer: Layer, method: str, bits: int, group_size: int | str, outlier: f
     )
 
 
+def learn(weight, method, bits, group_size, seen) -> tuple[QuantizedTensor, torch.Tensor]:
+    """(quantized, the approximate weight) by a method in LEARNED; ValueError where it cannot."""
+    if group_size == "tensor":
+        raise ValueError(
+            f"{LABELS[method]} takes a scale per row at least: choose channel or a group size"
+        )
+    if seen is None:
+        raise ValueError(
+            f"{LABELS[method]} learns from a layer's inputs, which are known of the embedded "
+            "model's layers alone: choose another method"
+        )
+    return LEARNED[method](weight, seen, bits, group_size)
+
+
+def output_losses(weight, approximation, bits, group_size, seen) -> tuple[float, float]:
+    """`gptq.layer_loss` of the approximation, and of affine rounding at the same bits."""
+    rounded = quantize_affine(weight, bits, group_size).dequantize()
+    return tuple(gptq.layer_loss(weight, each, seen.hessian) for each in (approximation, rounded))
+
+
+class CalibrationText:
+    """Some news on its way through the embedded model: what reaches each of its layers."""
+
+    def __init__(self):
+        model, tokenizer = load(device="cpu")
+        tokens = calibration_tokens(tokenizer, SEQUENCES, LENGTH)
+        self._walk, self._hidden = Walk(model, tokens), []
+        for index in range(len(self._walk.blocks)):
+            self._hidden.append(self._walk.hidden)
+            self._walk.advance(index)
+
+    def seen(self, block: int, layer: str) -> Seen:
+        """What reaches one of the linear layers of a block, such as "q_proj"."""
+        kept = []
+
+        def keep(names, inputs):
+            x = torch.cat(list(inputs))
+            if any(name.rpartition(".")[2] == layer for name in names):
+                with warnings.catch_warnings():  # fewer tokens than channels; damping copes
+                    warnings.simplefilter("ignore")
+                    kept.append(Seen(x, gptq.hessian(x)))
+
+        self._walk.hidden = self._hidden[block]
+        self._walk.visit(block, keep)
+        return kept[0]
+
+
 def explore_distributions(weight: torch.Tensor | None = None) -> Explorer:
     """A panel: a layer of the embedded model (or `weight`), quantized by any method.
 
@@ -229,7 +331,7 @@ def explore_distributions(weight: torch.Tensor | None = None) -> Explorer:
     """
     controls = {
         "method": widgets.Dropdown(
-            options=[(LABELS[name], name) for name in METHODS], description="method"
+            options=[(LABELS[name], name) for name in (*METHODS, *LEARNED)], description="method"
         ),
         "bits": widgets.IntSlider(4, 2, 8, description="bits"),
         "group_size": widgets.SelectionSlider(
@@ -248,8 +350,14 @@ def explore_distributions(weight: torch.Tensor | None = None) -> Explorer:
         "layer": widgets.Dropdown(options=LINEARS, value="gate_proj", description="layer"),
     }
 
+    # made when a method first asks for it: the walk through the model takes some seconds
+    text = lru_cache(maxsize=1)(CalibrationText)
+    seen = lru_cache(maxsize=4)(lambda block, layer: text().seen(block, layer))
+
     def compute(block, layer, **settings):
-        return view(prepared(names[str(block), layer]), **settings)
+        learns = settings["method"] in LEARNED and settings["group_size"] != "tensor"
+        known = seen(block, layer) if learns else None
+        return view(prepared(names[str(block), layer]), seen=known, **settings)
 
     return Explorer({**layers, **controls}, compute, DistributionsFigure())
 

@@ -11,6 +11,8 @@ METHOD_COLORS = {
     "affine": COLORS["affine"],
     "nf4": COLORS["nf4"],
     "fp4": COLORS["fp4"],
+    "gptq": COLORS["int4"],  # no absmax INT4 beside them here
+    "awq": COLORS["text"],
 }
 
 
