@@ -29,8 +29,8 @@ def hessian(inputs: torch.Tensor | Iterable[torch.Tensor]) -> torch.Tensor:
     `inputs`: (tokens, in_features) in any floating data type, or several such batches, which need
     not be in memory together. (Dividing by n changes no code; it keeps H within range.)
 
-    Warns, with the rank, where the inputs do not span the space, because they are too few or too
-    much alike. Raises ValueError for another shape, for no tokens, and for NaN or Inf.
+    Warns, with the rank, where the inputs are fewer than the dimensions, or so much alike that they
+    span but half of them. Raises ValueError for another shape, for no tokens, and for NaN or Inf.
     """
     total, n = None, 0
     for x in [inputs] if isinstance(inputs, torch.Tensor) else inputs:
@@ -41,16 +41,19 @@ def hessian(inputs: torch.Tensor | Iterable[torch.Tensor]) -> torch.Tensor:
         n += len(x)
     if not n:
         raise ValueError("no calibration tokens reach this layer: give at least one")
-    if not total.isfinite().all():
-        raise ValueError(f"the inputs hold NaN or Inf, or overflow when squared ({n} tokens)")
     H = total.mul_(2 / n)
-    if not _spans(H):
+    if not H.isfinite().all():
+        raise ValueError(f"the inputs hold NaN or Inf, or overflow when squared ({n} tokens)")
+    if n < len(H) or not _spans(H):
         rank = int(torch.linalg.matrix_rank(_correlation(H), hermitian=True))
-        warnings.warn(
-            f"{n} calibration tokens span {rank} of {len(H)} dimensions: what GPTQ moves into the "
-            "others it has never seen. Calibrate with more, and more varied, tokens",
-            stacklevel=2,
-        )
+        # Half will do: in float32 a faint direction looks like none, and heads that attend to the
+        # first token alone leave such ones with any text.
+        if n < len(H) or rank <= len(H) // 2:
+            warnings.warn(
+                f"{n} calibration tokens span {rank} of {len(H)} dimensions: what GPTQ moves into "
+                "the others it has never seen. Calibrate with more, and more varied, tokens",
+                stacklevel=2,
+            )
     return H
 
 
@@ -88,7 +91,6 @@ def quantize(
     dead = H.diagonal() == 0
     H.diagonal()[dead] = 1
     W = W.masked_fill(dead, 0).T.contiguous()  # a column of the weight lies in one row: fast
-
     importance = H.diagonal().clone()
 
     def fit(first):
@@ -188,7 +190,7 @@ def _factor(H: torch.Tensor, damp: float) -> torch.Tensor:
 def _spans(H: torch.Tensor) -> bool:
     """Whether the inputs behind H reach every dimension but those of dead channels."""
     L, failed = torch.linalg.cholesky_ex(_correlation(H))
-    return not failed and bool((L.diagonal().square() > len(H) * torch.finfo(H.dtype).eps).all())
+    return not failed and bool((L.diagonal() ** 2 > len(H) * torch.finfo(H.dtype).eps).all())
 
 
 def _correlation(H: torch.Tensor) -> torch.Tensor:
