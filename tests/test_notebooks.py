@@ -26,6 +26,7 @@ COURSE = [
     "03_int4_nf4.ipynb",
     "04_int8_activations.ipynb",
     "05_bitsandbytes.ipynb",
+    "06_gptq.ipynb",
     "07_distributions.ipynb",
     "09_awq.ipynb",
     "10_gguf.ipynb",
@@ -47,6 +48,7 @@ REVIEWED = {
     ("09_awq.ipynb", "whole-awq"): SEARCH,
     ("09_awq.ipynb", "whole-gptq"): SEARCH,
     ("09_awq.ipynb", "whole-picture"): SEARCH,
+    ("06_gptq.ipynb", "library-table"): "shows what `make bench-peers` recorded last, anywhere",
     ("05_bitsandbytes.ipynb", "speed-table"): "shows what `make bench` recorded last, anywhere",
     ("10_gguf.ipynb", "llama-code"): "shows what `make llama` recorded last, anywhere",
 }
