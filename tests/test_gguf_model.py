@@ -32,6 +32,23 @@ def written(embedded, tmp_path_factory):
     return write_model(embedded[0], "Q4_0", path, models.gguf_path())
 
 
+@pytest.fixture(scope="module")
+def loaded(written):
+    """The file as transformers reads it."""
+    return llamacpp.load(written)
+
+
+@pytest.fixture(scope="module")
+def tokens(embedded):
+    return corpus.evaluation_tokens(embedded[1], REFERENCE["sequences"], REFERENCE["length"])
+
+
+@pytest.fixture(scope="module")
+def ours(loaded, tokens):
+    with torch.inference_mode():
+        return llamacpp.log_probabilities(loaded(tokens).logits, tokens)
+
+
 def deinterleave(rows: torch.Tensor, heads: int) -> torch.Tensor:
     """What llama.cpp's order undoes to, head by head, written with plain loops."""
     half = len(rows) // heads // 2
@@ -69,12 +86,12 @@ def test_metadata_is_that_of_the_other_file(written):
     assert ours["general.file_type"] == 2
 
 
-def test_transformers_reads_the_very_weights(embedded, written):
+def test_transformers_reads_the_very_weights(embedded, loaded):
     """By way of the gguf library, which knows nothing of ours: names and row order included."""
-    model = llamacpp.load(written)
     original = embedded[0].state_dict()
-    for name, weight in model.state_dict().items():
-        kind = "Q8_0" if "embed" in name or "lm_head" in name else "Q4_0"
+    original.pop("lm_head.weight")  # the embeddings once more
+    for name in original:
+        weight, kind = loaded.state_dict()[name], "Q8_0" if "embed" in name else "Q4_0"
         expected = original[name]
         if expected.dim() == 2:
             expected = quantize(expected, kind).dequantize()
@@ -87,43 +104,32 @@ def test_rotary_rows_by_hand():
     assert torch.equal(deinterleave(interleave(rows, 3), 3), rows)
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
-def test_llamacpp_predicts_the_same(embedded, written, tmp_path, kind):
+def test_llamacpp_predicts_the_same(loaded, ours, tokens):
     """Its log-probabilities are off ours by what rounding the inputs to Q8_0 does, no more.
 
     That effect is measured here, in torch. The two roundings part after a few layers, because a
     code turns on the last bit of a sum, and are then noise of one size: so the typical difference
     must be within a factor of 2 of it, and the mean of all within 4 of its standard errors.
     """
-    model, tokenizer = embedded
-    path = written if kind == "Q4_0" else write_model(
-        model, kind, tmp_path / "model.gguf", models.gguf_path()
-    )  # fmt: skip
-    loaded = llamacpp.load(path)
-    theirs = torch.tensor(REFERENCE[kind], dtype=torch.float64)
-    tokens = corpus.evaluation_tokens(tokenizer, REFERENCE["sequences"], REFERENCE["length"])
-    with torch.inference_mode():
-        ours = llamacpp.log_probabilities(loaded(tokens).logits, tokens)
-        with llamacpp.quantized_inputs(loaded):
-            rounded = llamacpp.log_probabilities(loaded(tokens).logits, tokens)
+    with torch.inference_mode(), llamacpp.quantized_inputs(loaded):
+        rounded = llamacpp.log_probabilities(loaded(tokens).logits, tokens)
     noise = (rounded - ours).abs().median()
-    difference = theirs - ours
+    difference = torch.tensor(REFERENCE["Q4_0"], dtype=torch.float64) - ours
     assert 0.5 * noise < difference.abs().median() < 2 * noise
     error = difference.std() / difference.numel() ** 0.5
     assert difference.mean().abs() < 4 * error
 
 
-def test_a_wrong_row_order_would_be_noticed(embedded, written, tmp_path, monkeypatch):
-    """The same comparison with q and k left in torch's order: far outside."""
-    model, tokenizer = embedded
-    monkeypatch.setattr("chapter13.gguf_model.interleave", lambda weight, heads: weight)
-    path = write_model(model, "Q4_0", tmp_path / "wrong.gguf", models.gguf_path())
-    tokens = corpus.evaluation_tokens(tokenizer, 1, REFERENCE["length"])
-    theirs = torch.tensor(REFERENCE["Q4_0"][:1], dtype=torch.float64)
+def test_a_wrong_row_order_would_be_noticed(loaded, ours, tokens):
+    """The same comparison with the rows of q and k interleaved once too often: far outside."""
+    wrong = copy.deepcopy(loaded)
     with torch.inference_mode():
-        right = llamacpp.log_probabilities(llamacpp.load(written)(tokens).logits, tokens)
-        wrong = llamacpp.log_probabilities(llamacpp.load(path)(tokens).logits, tokens)
-    assert (wrong - theirs).abs().median() > 10 * (right - theirs).abs().median()
+        for layer in wrong.model.layers:
+            for module, heads in ((layer.self_attn.q_proj, 9), (layer.self_attn.k_proj, 3)):
+                module.weight.copy_(interleave(module.weight, heads))
+        found = llamacpp.log_probabilities(wrong(tokens[:1]).logits, tokens[:1])
+    theirs = torch.tensor(REFERENCE["Q4_0"][:1], dtype=torch.float64)
+    assert (found - theirs).abs().median() > 10 * (ours[:1] - theirs).abs().median()
 
 
 def test_what_make_llama_recorded():
@@ -133,7 +139,9 @@ def test_what_make_llama_recorded():
         assert found["same likeliest token"] > 0.9
         recorded = torch.tensor(REFERENCE[kind], dtype=torch.float64)
         # the log-probabilities are rounded to three digits, so their mean by at most half of one
-        assert found["perplexity llama.cpp"] == pytest.approx((-recorded.mean()).exp(), rel=5.1e-4)
+        assert found["perplexity llama.cpp"] == pytest.approx(
+            (-recorded.mean()).exp().item(), rel=5.1e-4
+        )
 
 
 def test_readme_is_not_stale():
