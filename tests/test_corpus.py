@@ -157,6 +157,22 @@ def test_evaluation_sequences_lie_within_one_article_each(tokenizer, encoded, le
     assert len({n for n, _ in found}) > 15, "from many articles"
 
 
+@pytest.mark.parametrize("lot", corpus.LOTS)
+def test_encyclopedia_tokens_are_of_their_lot(tokenizer, encoded, lot):
+    tokens = corpus.encyclopedia_tokens(tokenizer, 12, 256, lot)
+    assert torch.equal(corpus.encyclopedia_tokens(tokenizer, 5, 256, lot), tokens[:5])
+    for sequence in tokens.tolist():
+        found = [each for each in encoded if any(places(text, sequence) for text in encoded[each])]
+        assert found == [lot]
+    if lot == "evaluation":
+        assert torch.equal(corpus.evaluation_tokens(tokenizer, 12, 256), tokens)
+
+
+def test_encyclopedia_tokens_of_no_lot(tokenizer):
+    with pytest.raises(ValueError, match="no lot 'news'"):
+        corpus.encyclopedia_tokens(tokenizer, 1, 256, "news")
+
+
 def test_calibration_sequences_do_not_overlap(tokenizer):
     """All sequences together are the news, each document once."""
     tokens = corpus.calibration_tokens(tokenizer, 289, 256)
