@@ -21,6 +21,7 @@ from chapter13.packing import check_bits, pack
 from chapter13.tensors import QuantizedTensor, check_finite, check_weight, grouped, scale_shape
 
 BLOCK = 64  # columns after whose rounding all the rest is updated at once
+RANKED = 2048  # dimensions, at most, whose rank is computed: of 8192 that takes minutes
 
 
 def hessian(inputs: torch.Tensor | Iterable[torch.Tensor]) -> torch.Tensor:
@@ -30,7 +31,8 @@ def hessian(inputs: torch.Tensor | Iterable[torch.Tensor]) -> torch.Tensor:
     not be in memory together. (Dividing by n changes no code; it keeps H within range.)
 
     Warns, with the rank, where the inputs are fewer than the dimensions, or so much alike that they
-    span but half of them. Raises ValueError for another shape, for no tokens, and for NaN or Inf.
+    span but half of them; of more than RANKED dimensions only where they are fewer, with their
+    number in place of the rank. Raises ValueError for another shape, for no tokens, and for NaN or Inf.
     """
     total, n = None, 0
     for x in [inputs] if isinstance(inputs, torch.Tensor) else inputs:
@@ -44,8 +46,9 @@ def hessian(inputs: torch.Tensor | Iterable[torch.Tensor]) -> torch.Tensor:
     H = total.mul_(2 / n)
     if not H.isfinite().all():
         raise ValueError(f"the inputs hold NaN or Inf, or overflow when squared ({n} tokens)")
-    if n < len(H) or not _spans(H):
-        rank = int(torch.linalg.matrix_rank(_correlation(H), hermitian=True))
+    large = len(H) > RANKED
+    if n < len(H) or not (large or _spans(H)):
+        rank = n if large else int(torch.linalg.matrix_rank(_correlation(H), hermitian=True))
         # Half will do: in float32 a faint direction looks like none, and heads that attend to the
         # first token alone leave such ones with any text.
         if n < len(H) or rank <= len(H) // 2:

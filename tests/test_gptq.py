@@ -226,6 +226,16 @@ def test_too_few_tokens_warn_with_the_rank():
         gptq.quantize(weight, H, 4, 8, damp=0)
 
 
+def test_the_rank_of_many_dimensions_is_not_computed(monkeypatch):
+    _, inputs = layer()
+    monkeypatch.setattr(gptq, "RANKED", 47)
+    monkeypatch.setattr(torch.linalg, "matrix_rank", lambda *_, **__: pytest.fail("too slow"))
+    with pytest.warns(UserWarning, match="30 calibration tokens span 30 of 48 dimensions"):
+        gptq.hessian(inputs[:30])
+    gptq.hessian(inputs)
+    gptq.hessian(inputs[:1].expand(200, -1))  # known to be all alike, but at what price
+
+
 def test_tokens_that_are_all_alike_warn_with_the_rank():
     _, inputs = layer()
     with pytest.warns(UserWarning, match="200 calibration tokens span 1 of 48 dimensions"):
