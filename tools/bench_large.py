@@ -273,43 +273,69 @@ def checkpoint(work, shape):
 
 
 def readme_section(records):
-    """What the README says about it, from data/results.json."""
-    record = records[KEY]
-    where = record["environment"]
-    rows = [("", *METHODS.values()), ("---",) * 3]
-
-    def row(what, value):
-        rows.append((what, *(value(record[method], method) for method in METHODS)))
-
-    row("1B: time", lambda one, _: f"{one['seconds'] / 60:.1f} minutes")
-    row("time of a processor", lambda one, _: f"{one['cpu_seconds'] / 60:.1f} minutes")
-    row("memory of its own while blocks are quantized", lambda one, _: f"{_blocks(one)} MB")
-    row("at most, writing included", lambda one, _: f"{one['anonymous_mb']} MB")
-    row("pages of mapped files beside it", lambda one, _: f"{one['file_mb']} MB")
-    row("written", lambda one, _: f"{one['out_mb']} MB")
-    seven = record["seven"]
-    row("7B: a block, measured", lambda _, m: f"{seven[m]['seconds_per_block']:.0f} s")
-    row("memory of its own", lambda _, m: f"{seven[m]['anonymous_mb']} MB")
-    row(f"{BLOCKS_OF_7B} blocks, extrapolated", lambda _, m: _long(seven[m]["seconds_of_7b"]))
-    example = record["example"]
-    printed = "\n".join(example["printed"])
-    table = "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
-    return (
-        f"The first took {example['seconds']:.0f} seconds here, the second prints\n\n"
-        f"```\n{printed}\n```\n\n"
-        f"Measured by `make bench-large` on {where['machine']}, torch {where['versions']['torch']},"
-        f" {where['date']}, with random weights in bfloat16, in several files: the shape of "
-        "Llama 3.2 1B with the embedded model's vocabulary (1.07 billion parameters), and two "
-        "blocks of the shape of Llama 2 7B. Pages of mapped files are taken back by the system "
-        "when others need the memory; what a run needs is memory of its own.\n\n"
-        f"{table}\n\n"
-        "GPTQ was interrupted on the way and killed later (its time is that of all three runs); "
-        "absmax, treated so, gave the same bytes as an unbroken run. For 7B the time of one block "
-        f"is multiplied by {BLOCKS_OF_7B}, and that of writing by its share; memory is that of a "
-        "block, however many there are.\n"
+    """What the README says about it, from data/results.json: of the stages that were measured."""
+    record = records.get(KEY, {})
+    return "\n".join(
+        text(record, record["environment"]) for stage, text in TEXTS.items() if stage in record
     )
 
 
+def example_text(record, where):
+    example = record["example"]
+    printed = "\n".join(example["printed"])
+    return (
+        f"The first took {example['seconds']:.0f} seconds on {where['machine']}, the second "
+        f"prints\n\n```\n{printed}\n```\n"
+    )
+
+
+def large_text(record, where):
+    methods = [method for method in METHODS if method in record]
+    rows = [("", *(METHODS[method] for method in methods)), ("---",) * (1 + len(methods))]
+
+    def row(what, value):
+        rows.append((what, *(value(record[method]) for method in methods)))
+
+    row("time", lambda one: f"{one['seconds'] / 60:.1f} minutes")
+    row("time of a processor", lambda one: f"{one['cpu_seconds'] / 60:.1f} minutes")
+    row("memory of its own while blocks are quantized", lambda one: f"{_blocks(one)} MB")
+    row("at most, loading and writing included", lambda one: f"{one['anonymous_mb']} MB")
+    row("pages of mapped files beside it", lambda one: f"{one['file_mb']} MB")
+    row("written", lambda one: f"{one['out_mb']} MB")
+    words = "absmax was interrupted on the way and killed later: the same bytes as unbroken."
+    if "gptq" in record:
+        words += " So was GPTQ, whose time is that of all three runs."
+    return (
+        f"A model of a billion parameters (`make bench-large`, {where['machine']}, "
+        f"torch {where['versions']['torch']}, {where['date']}): the shape of Llama 3.2 1B with the "
+        "embedded model's vocabulary, 1.07 billion random weights in bfloat16, in 9 files, 2.1 GB. "
+        "Pages of mapped files are taken back by the system when others need the memory; what a "
+        f"run needs is memory of its own.\n\n{_table(rows)}\n\n{words}\n"
+    )
+
+
+def seven_text(record, where):
+    seven = record["seven"]
+    rows = [("", *(METHODS[method] for method in seven)), ("---",) * (1 + len(seven))]
+
+    def row(what, value):
+        rows.append((what, *(value(one) for one in seven.values())))
+
+    row("a block, measured", lambda one: f"{one['seconds_per_block']:.0f} s")
+    row("memory of its own, at most, measured", lambda one: f"{one['anonymous_mb']} MB")
+    row(f"{BLOCKS_OF_7B} blocks, extrapolated", lambda one: _long(one["seconds_of_7b"]))
+    return (
+        "And 7B, extrapolated from two blocks of the shape of Llama 2 7B: the time of the second "
+        f"times {BLOCKS_OF_7B}, that of writing by its share, and loading. Memory is that of a "
+        f"block, however many there are.\n\n{_table(rows)}\n"
+    )
+
+
+def _table(rows):
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+TEXTS = {"example": example_text, "absmax": large_text, "seven": seven_text}
 METHODS = {"absmax": "absmax", "gptq": "GPTQ, 16 x 256 tokens"}
 
 
@@ -324,15 +350,14 @@ def _long(seconds):
 
 
 def record(measured):
-    """Adds stages to the record, and writes the README where all are there."""
+    """Adds a stage to the record, and writes the README afresh."""
     old = results.load().get(KEY, {})
     stages = {name: value for name, value in old.items() if name != "environment"} | measured
     results.record(KEY, stages, ("transformers", "safetensors"))
-    if STAGES.keys() <= stages.keys():
-        before, _, rest = README.read_text(encoding="utf-8").partition(SECTION[0])
-        _, _, after = rest.partition(SECTION[1])
-        text = before + SECTION[0] + readme_section(results.load()) + SECTION[1] + after
-        README.write_text(text, encoding="utf-8")
+    before, _, rest = README.read_text(encoding="utf-8").partition(SECTION[0])
+    _, _, after = rest.partition(SECTION[1])
+    text = before + SECTION[0] + readme_section(results.load()) + SECTION[1] + after
+    README.write_text(text, encoding="utf-8")
 
 
 def main(arguments=None):
