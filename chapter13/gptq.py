@@ -30,9 +30,9 @@ def hessian(inputs: torch.Tensor | Iterable[torch.Tensor]) -> torch.Tensor:
     `inputs`: (tokens, in_features) in any floating data type, or several such batches, which need
     not be in memory together. (Dividing by n changes no code; it keeps H within range.)
 
-    Warns, with the rank, where the inputs are fewer than the dimensions, or so much alike that they
-    span but half of them; of more than RANKED dimensions only where they are fewer, with their
-    number in place of the rank. Raises ValueError for another shape, for no tokens, and for NaN or Inf.
+    Warns, with the rank, where the inputs are fewer than the dimensions, or so alike that they span
+    but half of them; beyond RANKED dimensions only where they are fewer, with their number in place
+    of the rank. Raises ValueError for another shape, for no tokens, and for NaN or Inf.
     """
     total, n = None, 0
     for x in [inputs] if isinstance(inputs, torch.Tensor) else inputs:
@@ -125,8 +125,7 @@ def quantize(
         for j in range(stop - start):
             grid = grids[group_of[start + j]]
             codes[start + j] = code = grid.codes(block[j])
-            # The error in units of the column's own leeway. The block's other columns make up
-            # for it at once ...
+            # The error in units of the column's own leeway; the block makes up for it at once ...
             errors[j] = (block[j] - grid.values(code)) / U1[j, j]
             block[j + 1 :].addr_(U1[j, j + 1 :], errors[j], alpha=-1)
         # ... and all columns after the block in one product of matrices, which is much faster.
@@ -156,8 +155,7 @@ def layer_loss(weight: torch.Tensor, approximation: torch.Tensor, hessian: torch
     return error / ((W @ H) * W).sum().item() if error else 0.0
 
 
-def _checked(weight, hessian, group_size, damp):
-    """(W in float32, a copy of H); `quantize` says what is an error."""
+def _checked(weight, hessian, group_size, damp):  # (W in float32, a copy of H)
     weight = check_weight(weight)
     if group_size is None:
         raise ValueError('GPTQ needs a scale per row at least: group_size="channel", or an int')
@@ -198,6 +196,6 @@ def _spans(H: torch.Tensor) -> bool:
 
 def _correlation(H: torch.Tensor) -> torch.Tensor:
     """H with all live channels at the same size: large ones would hide the rank of the others."""
-    live = H.diagonal() > 0
-    inverse = torch.where(live, H.diagonal(), 1.0).rsqrt()
-    return H * inverse * inverse[:, None] + torch.diag((~live).to(H.dtype))
+    dead = H.diagonal() <= 0
+    inverse = torch.where(dead, 1.0, H.diagonal()).rsqrt()
+    return H * inverse * inverse[:, None] + torch.diag(dead.to(H.dtype))
