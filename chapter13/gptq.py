@@ -163,10 +163,8 @@ def _checked(weight, hessian, group_size, damp):  # (W in float32, a copy of H)
     check_finite(weight, weight.abs().amax())
     columns = weight.shape[1]
     if hessian.shape != (columns, columns):
-        raise ValueError(
-            f"a weight with {columns} input channels needs a Hessian of shape "
-            f"({columns}, {columns}), not {tuple(hessian.shape)}"
-        )
+        shapes = f"({columns}, {columns}), not {tuple(hessian.shape)}"
+        raise ValueError(f"{columns} input channels need a Hessian of shape {shapes}")
     if not hessian.isfinite().all():
         raise ValueError("the Hessian holds NaN or Inf: the calibration inputs did")
     if not damp >= 0:

@@ -268,7 +268,7 @@ def test_massive_channels_are_no_reason_to_warn():
         ({"weight": torch.ones(2, 48, dtype=torch.int8)}, TypeError, "floating point"),
         ({"weight": torch.full((2, 48), float("nan"))}, ValueError, "96 NaN or Inf among 96"),
         ({"weight": torch.ones(0, 48)}, ValueError, "empty"),
-        ({"hessian": torch.eye(47)}, ValueError, r"needs a Hessian of shape \(48, 48\)"),
+        ({"hessian": torch.eye(47)}, ValueError, r"need a Hessian of shape \(48, 48\)"),
         ({"hessian": torch.full((48, 48), float("inf"))}, ValueError, "Hessian holds NaN or Inf"),
         ({"hessian": -torch.eye(48)}, ValueError, "cannot be inverted"),
         ({"scale_dtype": torch.bfloat16}, ValueError, "scale_dtype must be"),
