@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # named after this folder: an environment whose folder was renamed has to be installed again
 STAMP := $(VENV)/.installed-$(shell pwd | cksum | cut -d ' ' -f 1)
 NOTEBOOKS := $(wildcard notebooks/[0-9][0-9]_*.ipynb)
-NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-with=tests/nbval_sanitize.cfg
+NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=600 --nbval-sanitize-with=tests/nbval_sanitize.cfg
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lab test data rerun reset lint mutants bench bench-large peers bench-peers llama fuzz pictures pins clean

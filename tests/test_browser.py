@@ -93,6 +93,7 @@ def test_there_are_explorers_to_test():
     assert NOTEBOOKS
 
 
+@pytest.mark.timeout(1800)  # a notebook that quantizes whole models, with one thread
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_explorer_moves_in_jupyterlab(path, browser, lab):
     SCREENSHOTS.mkdir(exist_ok=True)
@@ -102,6 +103,7 @@ def test_explorer_moves_in_jupyterlab(path, browser, lab):
     page.on("request", lambda request: request.url.startswith(ours) or outside.append(request.url))
     page.on("console", lambda said: said.type == "error" and complaints.append(said.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.set_default_timeout(120_000)
     try:
         check_outputs(lab.run_all(page, path.name))
         panel = explorer(page)
