@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBERED = "[0-9][0-9]_*.ipynb"
-CELL_TIMEOUT = 600  # seconds; generous, since `make test` has the tighter one
+CELL_TIMEOUT = 600  # seconds, as in `make test`: a cell may quantize a whole model
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
