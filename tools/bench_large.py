@@ -309,8 +309,9 @@ def large_text(record, where):
         f"A model of a billion parameters (`make bench-large`, {where['machine']}, "
         f"torch {where['versions']['torch']}, {where['date']}): the shape of Llama 3.2 1B with the "
         "embedded model's vocabulary, 1.07 billion random weights in bfloat16, in 9 files, 2.1 GB. "
-        "Pages of mapped files are taken back by the system when others need the memory; what a "
-        f"run needs is memory of its own.\n\n{_table(rows)}\n\n{words}\n"
+        "Time is by the clock, on a machine that may have had other work; that of a processor is "
+        "the run's own. Pages of mapped files are taken back by the system when others need the "
+        f"memory; what a run needs is memory of its own.\n\n{_table(rows)}\n\n{words}\n"
     )
 
 
