@@ -149,10 +149,10 @@ def layer_loss(weight: torch.Tensor, approximation: torch.Tensor, hessian: torch
 
     `weight`, `approximation`: (out, in); `hessian`: (in, in). 0 where both are the same.
     """
-    H = hessian.double()
-    W, difference = weight.double(), weight.double() - approximation.double()
-    error = ((difference @ H) * difference).sum().item()
-    return error / ((W @ H) * W).sum().item() if error else 0.0
+    W, H = weight.float(), hessian.float()
+    difference = W - approximation.float()
+    error = ((difference @ H).double() * difference).sum().item()  # squares may exceed float32
+    return error / ((W @ H).double() * W).sum().item() if error else 0.0
 
 
 def _checked(weight, hessian, group_size, damp):  # (W in float32, a copy of H)
