@@ -86,7 +86,11 @@ def bitsandbytes(bits, plain=False):
         def make(_, layer):
             if bits == 8:
                 new = bnb.Linear8bitLt(
-                    layer.in_features, layer.out_features, bias=False, has_fp16_weights=False
+                    layer.in_features,
+                    layer.out_features,
+                    bias=False,
+                    has_fp16_weights=False,
+                    threshold=6.0,  # as transformers sets it; its own 0 keeps no outliers apart
                 )
                 new.weight = bnb.Int8Params(layer.weight.data, requires_grad=False)
             else:
