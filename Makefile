@@ -101,7 +101,7 @@ $(LLAMA):
 	rm -rf .peers/llamacpp
 	"$(PYTHON)" -m venv .peers/llamacpp.part
 	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_CURL=OFF" CMAKE_BUILD_PARALLEL_LEVEL=2 \
-		.peers/llamacpp.part/bin/python -m pip install -q numpy==2.4.6 llama-cpp-python==0.3.36
+		.peers/llamacpp.part/bin/python -m pip install -q -r tools/peers/llamacpp.txt
 	mv .peers/llamacpp.part .peers/llamacpp
 
 llama: data $(LLAMA) ## build llama.cpp, run our GGUF files in it, record the comparison
@@ -109,7 +109,7 @@ llama: data $(LLAMA) ## build llama.cpp, run our GGUF files in it, record the co
 
 FOUND := build/fuzz_gguf
 fuzz: data ## fuzz the GGUF reader for five minutes (FOUND keeps the files that reach new code)
-	$(BIN)/python -m pip install -q --target .peers/atheris atheris==3.0.0
+	$(BIN)/python -m pip install -q --target .peers/atheris -r tools/peers/atheris.txt
 	mkdir -p $(FOUND)
 	PYTHONPATH=.peers/atheris:. $(BIN)/python tools/fuzz_gguf.py -max_total_time=300 -max_len=4096 \
 		-timeout=5 -rss_limit_mb=2048 -print_final_stats=1 $(FOUND) tests/gguf_corpus

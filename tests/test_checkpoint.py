@@ -720,7 +720,7 @@ def test_gptqmodel_computes_our_logits(base, tmp_path, tokenizer, monkeypatch):
 @slow
 def test_gptqmodel_takes_asymmetric_version_1_from_itself_alone(base, tmp_path, tokenizer):
     save_gptq(quantized(), tmp_path / "v1", tokenizer)
-    with pytest.raises(RuntimeError, match="sym=False model with format=gptq is only supported"):
+    with pytest.raises(RuntimeError, match="sym=False model with format=.* is only supported"):
         ask("gptqmodel", [["logits", tmp_path / "v1", base / "tokens", tmp_path / "logits"]])
 
 
