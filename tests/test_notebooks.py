@@ -54,7 +54,7 @@ REVIEWED = {
 }
 
 # Notebooks above the usual size: name: why its figures cannot be smaller.
-LARGE = {"06_gptq.ipynb": "ten pictures; the steps of the algorithm are pictures themselves"}
+LARGE = {}
 
 
 def test_every_notebook_of_the_course_is_there():

@@ -1,6 +1,7 @@
 """The pictures of notebook 06: a loss with a valley, Hessians, and what calibration is worth."""
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.colors import LogNorm
 from matplotlib.patches import Rectangle
 
@@ -8,7 +9,8 @@ from chapter13.plots.live import LiveFigure
 from chapter13.plots.picture import COLORS, Picture, new_figure, style
 
 NEAREST, LEARNED = COLORS["original"], COLORS["int8"]  # round-to-nearest, and what learns
-PATCHES = 64  # rows and columns of a Hessian's picture, at most
+PATCHES = 40  # rows and columns of a Hessian's picture, at most
+HESSIAN_MAP = colormaps["cividis"].resampled(12)  # few steps keep the stored pictures small
 
 
 def valley(weight, hessian, points, path):
@@ -22,8 +24,8 @@ def valley(weight, hessian, points, path):
     offset = np.stack([x, y], -1)
     loss = np.einsum("...i,ij,...j", offset, hessian, offset)
     with style():
-        figure, ax = new_figure(10, 4.6)
-        levels = [0.02, 0.09, 0.2, 0.4, 0.7, 1.1, 1.6]
+        figure, ax = new_figure(10, 4.2)
+        levels = [0.03, 0.15, 0.5, 1.2]
         ax.contour(x + weight[0], y + weight[1], loss, levels, cmap="cividis", linewidths=1.5)
         inside = [
             np.arange(np.ceil(w - r), w + r) for w, r in zip(weight, (1.55, 1.1), strict=True)
@@ -74,7 +76,7 @@ def hessians(matrices):
             diagonal = matrix.diagonal()
             matrix = _largest_of_patches(matrix / np.median(diagonal))
             image = ax.imshow(
-                matrix, norm=LogNorm(1e-2, 1e4, clip=True), cmap="cividis",
+                matrix, norm=LogNorm(1e-2, 1e4, clip=True), cmap=HESSIAN_MAP,
                 interpolation="nearest", extent=(0, len(diagonal), len(diagonal), 0),
             )  # fmt: skip
             ax.set(title=title, xlabel="input channel", ylabel="input channel")
@@ -99,13 +101,16 @@ def _largest_of_patches(matrix):
 def damping(damps, losses):
     """losses: label -> layer loss for each of `damps`, on logarithmic axes."""
     with style():
-        figure, ax = new_figure(10, 3.6)
+        figure, ax = new_figure(10, 3.2)
         for color, marker, (label, values) in zip(
             (LEARNED, COLORS["highlight"]), "os", losses.items(), strict=True
         ):
             ax.plot(damps, values, marker=marker, ms=9, color=color, label=label)
         ax.set(xscale="log", yscale="log", xlabel="damping, share of the mean diagonal")
         ax.set_ylabel("layer loss")
+        decades = np.log10(np.array(list(losses.values())))
+        ax.set_ylim(10 ** np.floor(decades.min()), 10 ** np.ceil(decades.max()))
+        ax.minorticks_off()
         ax.legend()
         one, other = (np.asarray(values) for values in losses.values())
         widest = damps[int(np.argmax(np.abs(np.log(one / other))))]
