@@ -33,7 +33,7 @@ from torch.func import functional_call
 
 from chapter13.blocks import Walk
 from chapter13.integer import affine_grid, nonzero, quantize_affine
-from chapter13.layers import is_conv1d, linear_layers, weight_of
+from chapter13.layers import linear_layers, put_weight, stored, weight_of
 from chapter13.outliers import SMOOTHED
 from chapter13.packing import check_bits
 from chapter13.tensors import QuantizedTensor, check_finite, grouped
@@ -161,11 +161,11 @@ def fold(source: nn.Module, readers: list[nn.Module], s: torch.Tensor) -> None:
         divisor = s
     else:
         divisor = torch.cat([s.new_ones(len(weight_of(source)) - len(s)), s])
-        _put(source, "weight", _stored(source, weight_of(source) / divisor[:, None]))
+        put_weight(source, weight_of(source) / divisor[:, None])
     if getattr(source, "bias", None) is not None:
         _put(source, "bias", source.bias / divisor)
     for layer in readers:
-        _put(layer, "weight", _stored(layer, weight_of(layer) * s))
+        put_weight(layer, weight_of(layer) * s)
 
 
 def folds(block: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -253,7 +253,7 @@ def quantize_block(
             cut = W.reshape(len(W), limit.shape[1], -1).clamp(-limit, limit).view(W.shape)
         quantized[name] = quantize_affine(cut, bits, group_size, scale_dtype)
         restored = quantized[name].dequantize()
-        _put(layer, "weight", _stored(layer, restored))
+        put_weight(layer, restored)
         error = (x @ (restored - W).T).square().sum().item()
         done(name, error / (x @ W.T).square().sum().item() if error else 0.0)
     # norms and biases go out in their own data type; the weights, which stand for codes, do not
@@ -319,7 +319,7 @@ def _outputs(block, judge, readers, calls):
 
     def run(weights):
         pairs = zip(layers.items(), weights, strict=True)
-        changed = {key: _stored(layer, weight) for (key, layer), weight in pairs}
+        changed = {key: stored(layer, weight) for (key, layer), weight in pairs}
         for args, kwargs in calls:
             out = functional_call(module, changed, args, kwargs)
             yield out[0] if isinstance(out, tuple) else out
@@ -341,11 +341,6 @@ def _mse(exact, outputs):
     pairs = list(zip(exact, outputs, strict=True))
     total = sum((a - b).square_().sum(dtype=torch.float64) for a, b in pairs)
     return total.item() / sum(a.numel() for a, _ in pairs)
-
-
-def _stored(layer, weight):
-    """(out_features, in_features) as the layer holds it."""
-    return weight.T.contiguous() if is_conv1d(layer) else weight
 
 
 def _put(module, name, tensor):

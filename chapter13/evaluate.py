@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from chapter13.blocks import check_tokens
+
 RESAMPLES = 2000  # of the bootstrap
 SEED = 13
 _STEPS = 65535  # levels of a cached log-probability
@@ -191,16 +193,7 @@ def _kl(log_p: torch.Tensor, logit: torch.Tensor) -> float:
 
 def _logits(model, tokens, batch_size, progress, description):
     """(tokens of the batch, float32 logits (batch, length - 1, vocab) of what predicts them)."""
-    if not isinstance(tokens, torch.Tensor) or tokens.is_floating_point():
-        raise TypeError("tokens must be an integer torch.Tensor")
-    if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
-        raise ValueError(
-            f"tokens must have shape (sequences, length), length 2 at least, "
-            f"not {tuple(tokens.shape)}"
-        )
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if tokens.min() < 0 or tokens.max() >= vocabulary:
-        raise ValueError(f"tokens reach {int(tokens.max())}, the model knows 0 to {vocabulary - 1}")
+    check_tokens(model, tokens)
     from tqdm.auto import tqdm
 
     device = model.get_input_embeddings().weight.device

@@ -21,6 +21,16 @@ def weight_of(layer: nn.Module) -> torch.Tensor:
     return weight.T if is_conv1d(layer) else weight
 
 
+def stored(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """A weight (out_features, in_features) as the layer holds it, without a copy."""
+    return weight.T if is_conv1d(layer) else weight
+
+
+def put_weight(layer: nn.Module, weight: torch.Tensor) -> None:
+    """Gives a linear layer another weight, (out_features, in_features); the old one stays as is."""
+    layer.weight = nn.Parameter(stored(layer, weight), requires_grad=layer.weight.requires_grad)
+
+
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> module of every `nn.Linear` and `Conv1D`, in the model's order, but not the head.
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from chapter13 import gptq
 from chapter13.blocks import Walk, find_blocks
-from chapter13.layers import is_conv1d, linear_layers, weight_of
+from chapter13.layers import linear_layers, put_weight, weight_of
 from chapter13.linear import QuantizedLinear
 from chapter13.storage import load_quantized, save_quantized
 from chapter13.tensors import QuantizedTensor
@@ -63,12 +63,6 @@ def gptq_block(
 
     walk.visit(index, change)
     return quantized
-
-
-def put_weight(layer: nn.Module, weight: torch.Tensor) -> None:
-    """Gives a linear layer another weight, (out_features, in_features); the old one stays as is."""
-    weight = weight.T if is_conv1d(layer) else weight
-    layer.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def quantize_blocks(

@@ -220,23 +220,25 @@ def error_chart(table):
         return Picture(figure, f"Relative RMSE by weights and method. The smallest error: {best}.")
 
 
+def curve_style(label, method):
+    """How a method's curve is drawn: dashed and hollow where its scales are quantized twice."""
+    double = "double" in label
+    return {
+        "label": label,
+        "marker": MARKERS[method],
+        "color": METHOD_COLORS[method],
+        "linestyle": "--" if double else "-",
+        "markerfacecolor": "white" if double else METHOD_COLORS[method],
+    }
+
+
 def error_per_bit(curves):
     """curves: label -> (method, [(block size, bits per weight, relative RMSE), ...])."""
     with style():
         figure, ax = new_figure(width=10, height=4.2)
         for label, (method, points) in curves.items():
             _, bits, errors = zip(*points, strict=True)
-            double = "double" in label
-            ax.plot(
-                bits,
-                errors,
-                marker=MARKERS[method],
-                markersize=9,
-                color=METHOD_COLORS[method],
-                linestyle="--" if double else "-",
-                markerfacecolor="white" if double else METHOD_COLORS[method],
-                label=label,
-            )
+            ax.plot(bits, errors, **curve_style(label, method), markersize=9)
         for size, bits, error in next(iter(curves.values()))[1]:
             ax.annotate(
                 f"{size}", (bits, error), xytext=(6, 6), textcoords="offset points", fontsize=12

@@ -3,7 +3,7 @@
 import numpy as np
 from matplotlib.patches import Rectangle
 
-from chapter13.plots.codebooks import MARKERS, METHOD_COLORS
+from chapter13.plots.codebooks import curve_style
 from chapter13.plots.live import LiveFigure
 from chapter13.plots.picture import COLORS, Picture, new_figure, style
 
@@ -169,17 +169,7 @@ def _draw_curves(ax, curves):
     """curves: label -> (method, [(bits, relative RMSE), ...])."""
     for label, (method, points) in curves.items():
         bits, errors = zip(*points, strict=True)
-        double = "double" in label
-        ax.plot(
-            bits,
-            errors,
-            marker=MARKERS[method],
-            markersize=7,
-            color=METHOD_COLORS[method],
-            linestyle="--" if double else "-",
-            markerfacecolor="white" if double else METHOD_COLORS[method],
-            label=label,
-        )
+        ax.plot(bits, errors, **curve_style(label, method), markersize=7)
 
 
 def formats(curves, kinds):
@@ -222,16 +212,8 @@ class GGUFFigure(LiveFigure):
             right.grid(visible=False)
             self._curves = {}
             for label, method in CURVES.items():
-                double = "double" in label
                 (self._curves[label],) = left.plot(
-                    [],
-                    [],
-                    marker=MARKERS[method],
-                    markersize=6,
-                    color=METHOD_COLORS[method],
-                    linestyle="--" if double else "-",
-                    markerfacecolor="white" if double else METHOD_COLORS[method],
-                    label=label,
+                    [], [], **curve_style(label, method), markersize=6
                 )
             self._kinds = {}
             for kind in ("Q4_0", "Q4_1", "MXFP4"):
