@@ -51,10 +51,8 @@ def quantized_inputs(model: nn.Module):
 def load(path: Path) -> nn.Module:
     """The model of a GGUF file, its weights dequantized by transformers, float32 on the CPU."""
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     silence_torchao()
-    logging.disable_progress_bar()
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     return AutoModelForCausalLM.from_pretrained(
         **where, dtype=torch.float32, local_files_only=True
@@ -149,6 +147,9 @@ def write_readme(records: dict) -> None:
 def main() -> None:
     if not PEER.exists():
         raise SystemExit("llama.cpp is not there: run `make llama`")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     model, tokenizer = models.load(device="cpu")
     tokens = corpus.evaluation_tokens(tokenizer, SEQUENCES, LENGTH)
     version = subprocess.run(
