@@ -35,7 +35,8 @@ def save_quantized(model: nn.Module, path: Path | str) -> None:
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file(tensors, part, metadata={"format": "pt", _KEY: json.dumps(plans)})
+        # one entry alone: safetensors writes several in an order that changes from run to run
+        save_file(tensors, part, metadata={_KEY: json.dumps(plans)})
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

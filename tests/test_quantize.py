@@ -248,6 +248,13 @@ def test_a_damaged_file_is_refused_and_the_model_kept(saved, change):
     assert torch.equal(run(model), expected)
 
 
+def test_the_same_model_makes_the_same_bytes(saved, tmp_path):
+    model, path = saved
+    for _ in range(8):  # an order that changes by chance would change in one of eight
+        save_quantized(model, tmp_path / "again.safetensors")
+        assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
 def test_a_truncated_file_and_none(saved, tmp_path):
     _, path = saved
     raw = path.read_bytes()
