@@ -112,14 +112,15 @@ def evaluate_command(args: argparse.Namespace) -> None:
     _check_length(model.config, args.length)
     reference = args.reference and _open(args.reference, args.device)[0]
     print(report(model))
-    ours = evaluate.perplexity(model, tokens)
+    if not reference:
+        print(f"perplexity: {evaluate.perplexity(model, tokens)!r}")
+        return
+    ours, divergence = evaluate.perplexity_and_kl(model, reference, tokens)
     print(f"perplexity: {ours!r}")
-    if reference:
-        theirs = evaluate.perplexity(reference, tokens)
-        print(f"perplexity of the reference: {theirs!r}")
-        print(f"difference, nats per token: {evaluate.difference(ours, theirs)!r}")
-        divergence = evaluate.kl_divergence(model, reference, tokens, progress=True)
-        print(f"KL divergence, nats per token: {divergence!r}")
+    theirs = evaluate.perplexity(reference, tokens)
+    print(f"perplexity of the reference: {theirs!r}")
+    print(f"difference, nats per token: {evaluate.difference(ours, theirs)!r}")
+    print(f"KL divergence, nats per token: {divergence!r}")
 
 
 def _open(name: str, device: torch.device | None):

@@ -13,7 +13,7 @@ misses: probability that moves between tokens which did not come.
 import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,14 +82,11 @@ def perplexity(
     Raises TypeError or ValueError for tokens of another data type or shape, or beyond the
     vocabulary, and ValueError when the model's logits are not finite.
     """
-    losses = []
-    for batch, logits in _logits(model, tokens, batch_size, progress, "perplexity"):
-        with torch.inference_mode():
-            each = [
-                nn.functional.cross_entropy(logit, ids[1:].to(logit.device), reduction="none")
-                for logit, ids in zip(logits, batch, strict=True)
-            ]
-        losses += [loss.double().mean().item() for loss in each]
+    losses = [
+        _cross_entropy(logit, ids)
+        for batch, logits in _logits(model, tokens, batch_size, progress, "perplexity")
+        for logit, ids in zip(logits, batch, strict=True)
+    ]
     return _score(losses, exponential=True)
 
 
@@ -105,19 +102,31 @@ def kl_divergence(
     `reference`: the full-precision model, or the file that `cache_logits` wrote for these very
     tokens. Raises as `perplexity`, and ValueError for a cache of other tokens.
     """
-    if isinstance(reference, nn.Module):
-        log_p = (
-            torch.log_softmax(logit, -1)
-            for _, logits in _logits(reference, tokens, batch_size, False, "")
-            for logit in logits
-        )
-    else:
-        log_p = _cached(Path(reference), tokens)
-    losses = []
-    for _, logits in _logits(model, tokens, batch_size, progress, "KL"):
-        for logit in logits:
-            losses.append(_kl(next(log_p).to(logit.device), logit))
+    log_p = _reference(reference, tokens, batch_size)
+    losses = [
+        _kl(next(log_p), logit)
+        for _, logits in _logits(model, tokens, batch_size, progress, "KL")
+        for logit in logits
+    ]
     return _score(losses)
+
+
+def perplexity_and_kl(
+    model: nn.Module,
+    reference: nn.Module | Path | str,
+    tokens: torch.Tensor,
+    batch_size: int = 2,
+    progress: bool = True,
+) -> tuple[Score, Score]:
+    """What `perplexity` and `kl_divergence` return, from one pass of the model; raises as they."""
+    log_p = _reference(reference, tokens, batch_size)
+    losses = [
+        (_cross_entropy(logit, ids), _kl(next(log_p), logit))
+        for batch, logits in _logits(model, tokens, batch_size, progress, "perplexity, KL")
+        for logit, ids in zip(logits, batch, strict=True)
+    ]
+    entropies, divergences = zip(*losses, strict=True)
+    return _score(entropies, exponential=True), _score(divergences)
 
 
 def cache_logits(
@@ -153,6 +162,17 @@ def cache_logits(
     return path
 
 
+def _reference(reference, tokens, batch_size) -> Iterator[torch.Tensor]:
+    """The log-probabilities of each sequence, from a model or from the cache of one."""
+    if not isinstance(reference, nn.Module):
+        return _cached(Path(reference), tokens)
+    return (
+        torch.log_softmax(logit, -1)
+        for _, logits in _logits(reference, tokens, batch_size, False, "")
+        for logit in logits
+    )
+
+
 def _cached(path: Path, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
     """The log-probabilities of each sequence, from the mapped file: float32 (length - 1, vocab)."""
     sequences, positions = tokens.shape[0], tokens.shape[1] - 1
@@ -179,7 +199,14 @@ def _digest(tokens: torch.Tensor) -> tuple[int, ...]:
     return tuple(np.frombuffer(content.digest(), dtype="<i8").tolist())
 
 
+@torch.inference_mode()
+def _cross_entropy(logit: torch.Tensor, ids: torch.Tensor) -> float:
+    losses = nn.functional.cross_entropy(logit, ids[1:].to(logit.device), reduction="none")
+    return losses.double().mean().item()
+
+
 def _kl(log_p: torch.Tensor, logit: torch.Tensor) -> float:
+    log_p = log_p.to(logit.device)
     if log_p.shape != logit.shape:
         raise ValueError(
             f"the reference has a vocabulary of {log_p.shape[-1]}, the model of {logit.shape[-1]}"
@@ -213,7 +240,7 @@ def _logits(model, tokens, batch_size, progress, description):
         model.train(training)
 
 
-def _score(losses: list[float], exponential: bool = False) -> Score:
+def _score(losses: Sequence[float], exponential: bool = False) -> Score:
     return Score(torch.tensor(losses, dtype=torch.float64), exponential)
 
 

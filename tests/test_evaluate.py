@@ -14,6 +14,7 @@ from chapter13.evaluate import (
     difference,
     kl_divergence,
     perplexity,
+    perplexity_and_kl,
 )
 
 
@@ -46,6 +47,22 @@ def test_batches_change_nothing(batch_size):
     ):
         # float32 logits of 100 tokens, in another order of sums
         assert torch.allclose(measure(batch_size).losses, measure(2).losses, rtol=0, atol=1e-6)
+
+
+def test_both_from_one_pass(tmp_path):
+    model, reference = damaged(), tiny_llama()
+    cache = cache_logits(reference, TOKENS, tmp_path / "cache", progress=False)
+    for source in (reference, cache):
+        both = perplexity_and_kl(model, source, TOKENS, progress=False)
+        alone = (
+            perplexity(model, TOKENS, progress=False),
+            kl_divergence(model, source, TOKENS, progress=False),
+        )
+        for one, other in zip(both, alone, strict=True):
+            assert torch.equal(one.losses, other.losses)
+            assert one.exponential == other.exponential
+    with pytest.raises(ValueError, match="no logits of these tokens"):
+        perplexity_and_kl(model, cache, TOKENS[:2], progress=False)
 
 
 def test_kl_by_the_formula():
