@@ -37,6 +37,17 @@ def record(key: str, measured: dict, packages: tuple[str, ...] = (), path: Path 
     """Stores `measured` under `key`, with machine, date, commit, and the versions of `packages`."""
     records = load(path)
     records[key] = measured | {"environment": environment(packages)}
+    _write(records, path)
+
+
+def forget(key: str, path: Path = FILE) -> None:
+    """Takes a record out. Raises KeyError where there is none."""
+    records = load(path)
+    del records[key]
+    _write(records, path)
+
+
+def _write(records: dict[str, dict], path: Path) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_text(json.dumps(records, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -51,7 +62,7 @@ def environment(packages: tuple[str, ...] = ()) -> dict:
     return {
         "machine": machine(),
         "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in names},
+        | {name: version_of(name) for name in names},
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": _commit(),
     }
@@ -76,7 +87,8 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _version(name: str) -> str:
+def version_of(name: str) -> str:
+    """The version of an installed package, or "not installed"."""
     try:
         return version(name)
     except PackageNotFoundError:

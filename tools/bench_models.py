@@ -69,8 +69,10 @@ def borrowed_dequantization(model):
     return fused("nf4")(model)
 
 
-def bitsandbytes(bits, plain=False):
+def bitsandbytes(bits, plain=False, double_quant=True):
     """Each linear layer as bitsandbytes' own, as transformers would put them there.
+
+    `double_quant`: of the scales of 4 bits, which is bitsandbytes' own default.
 
     `plain`: the way of processors without AVX512-BF16. Where there is that, bitsandbytes
     multiplies NF4 with a kernel of its own, all in bfloat16.
@@ -101,7 +103,9 @@ def bitsandbytes(bits, plain=False):
                     compute_dtype=torch.bfloat16,
                     quant_type="nf4",
                 )
-                new.weight = bnb.Params4bit(layer.weight.data, False, quant_type="nf4")
+                new.weight = bnb.Params4bit(
+                    layer.weight.data, False, quant_type="nf4", compress_statistics=double_quant
+                )
                 new.support_avx512bf16_for_cpu &= not plain
             return new.to("cpu").eval()
 
@@ -151,26 +155,32 @@ FORMATS = {
 }
 
 
-def measure(name, kind):
-    """{ms per token, MB of weights, MB at the peak while tokens come} of one model and format."""
-    models.silence_torchao()
-    model = FORMATS[kind](build(name))
+def ms_per_token(model, count):
+    """The median time of `count` greedy tokens after a prompt, one sequence, in milliseconds."""
     ids = torch.arange(PROMPT)[None] + 100
     times = []
-    before = reset_peak()
     with torch.inference_mode():
         state = model(ids, use_cache=True)
-        for _ in range(MODELS[name]):
+        for _ in range(count):
             token = state.logits[:, -1:].argmax(-1)
             start = time.perf_counter()
             state = model(token, past_key_values=state.past_key_values, use_cache=True)
             times.append(time.perf_counter() - start)
+    return median(times) * 1e3
+
+
+def measure(name, kind):
+    """{ms per token, MB of weights, MB at the peak while tokens come} of one model and format."""
+    models.silence_torchao()
+    model = FORMATS[kind](build(name))
+    before = reset_peak()
+    milliseconds = ms_per_token(model, MODELS[name])
     parts = memory_breakdown(model)
     read = sum(parts.values())
     if name != models.EMBEDDED:  # an untied model reads one row of its embeddings
         read -= model.get_input_embeddings().weight.nbytes
     return {
-        "ms_per_token": round(median(times) * 1e3, 1),
+        "ms_per_token": round(milliseconds, 1),
         "weights_mb": round(sum(parts.values()) / 1e6, 1),
         "read_mb": round(read / 1e6, 1),
         "peak_mb": round(peak() / 1e6),

@@ -1,0 +1,324 @@
+"""`make results`: every method at every size by one protocol, for the summary table.
+
+Each row of tools/table_rows.py is measured in a process of its own. Its quality: perplexity and KL
+to the float32 model on the same held-out tokens for all, sequence by sequence, so that differences
+can be paired. Its cost: bits per weight of the linear layers and the size of the model, from the
+bytes held; the time and peak memory of quantizing; time per token at batch 1.
+
+A row goes to data/results.json ("table/...") as soon as it is measured: what is interrupted goes on
+where it was. A row stands as long as its options, the tokens, the versions of the libraries and
+the code that it really ran are the same; comments and docstrings may change.
+
+    python -m tools.table                           what is missing or out of date
+    python -m tools.table --only cost               the costs alone: on a quiet machine, 20 minutes
+    python -m tools.table "NF4" "FP32" --again      these rows, although they stand
+"""
+
+import argparse
+import ast
+import cProfile
+import hashlib
+import inspect
+import json
+import logging
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+from tqdm import tqdm
+
+from chapter13 import corpus, evaluate, models, results
+from tools import bench_models, peers
+from tools.table_rows import CALIBRATION, MAKERS, MODEL, ROWS, Made
+
+EVALUATION = (33, 512)  # sequences, length: 16863 tokens are scored
+TOKENS = 16  # timed
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / "build" / "table"
+PARTS = ("cost", "quality")
+WEIGHTS = 106_168_320  # of the embedded model's linear layers
+PACKAGE = ROOT / "chapter13"
+KEY = "table/"
+README = ROOT / "README.md"
+SECTION = ("<!-- table: written by `make results`, do not edit -->\n", "<!-- end of table -->")
+
+
+# --- one row, in a process of its own --------------------------------------------------------
+
+
+def reference(tokenizer):
+    """The evaluation tokens, and the file with the float32 model's predictions, made if need be."""
+    tokens = corpus.evaluation_tokens(tokenizer, *EVALUATION)
+    name = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:12]
+    path = WORK / f"reference-{name}"
+    if not path.exists():
+        WORK.mkdir(parents=True, exist_ok=True)
+        evaluate.cache_logits(models.load(MODEL, device="cpu")[0], tokens, path)
+    return tokens, path
+
+
+def make(row):
+    """The row's model: a `Made` without gaps but for its sizes."""
+    model, tokenizer = models.load(MODEL, device="cpu")
+    options = {name: value for name, value in row.options.items()}
+    bench_models.reset_peak()
+    start = time.perf_counter()
+    made: Made = MAKERS[row.made](model, tokenizer, **options)
+    if made.seconds is None:
+        made.seconds = time.perf_counter() - start
+        made.peak_mb = bench_models.peak() / 1e6
+    if made.bits_per_weight is None:
+        parts = bench_models.memory_breakdown(made.model)
+        made.bits_per_weight = 8 * (parts["linears"] + parts["scales"]) / WEIGHTS
+        made.size_mb = made.size_mb or sum(parts.values()) / 1e6
+    return made, tokenizer
+
+
+def measure(row, parts):
+    """{part: what was measured} of one row."""
+    # Notes which code runs; 0.3% of the time of GPTQ, whose loop calls the most.
+    profile = cProfile.Profile(builtins=False)
+    made, tokenizer = profile.runcall(make, row)
+    measured = {}
+    if "cost" in parts:
+        cost = {
+            "bits_per_weight": round(made.bits_per_weight, 4),
+            "size_mb": round(made.size_mb, 1),
+            "quantize_s": round(made.seconds, 2),
+            "quantize_peak_mb": round(made.peak_mb),
+            "tokens_per_s": None,
+            "run_peak_mb": None,
+        }
+        if made.runs:
+            bench_models.reset_peak()
+            milliseconds = bench_models.ms_per_token(made.model, TOKENS)
+            cost["tokens_per_s"] = round(1e3 / milliseconds, 1)
+            cost["run_peak_mb"] = round(bench_models.peak() / 1e6)
+        measured["cost"] = cost
+    if "quality" in parts:
+        tokens, path = reference(tokenizer)
+        scores = profile.runcall(evaluate.perplexity_and_kl, made.model, path, tokens)
+        measured["quality"] = {
+            name: {
+                "value": round(score.value, 5),
+                "interval": [round(end, 5) for end in score.interval],
+                "losses": [round(loss, 6) for loss in score.losses.tolist()],
+            }
+            for name, score in zip(("perplexity", "kl"), scores, strict=True)
+        }
+    for part in measured.values():
+        part["peer"] = made.versions
+        part["files"] = files_of(profile)
+    return measured
+
+
+# --- what stands, and what is out of date ----------------------------------------------------
+
+
+def files_of(profile):
+    """The files of the package whose functions were called."""
+    called = {Path(entry.code.co_filename) for entry in profile.getstats()}
+    return sorted(path.relative_to(ROOT).as_posix() for path in called if PACKAGE in path.parents)
+
+
+def code(path):
+    """What a Python file does: its syntax tree, without comments, docstrings and layout."""
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and ast.get_docstring_node(node) is body[0]:
+            node.body = body[1:]
+    return ast.dump(tree)
+
+
+def fingerprint(row, part, files):
+    """Of all that a part of a row depends on; "" where a file that it read is gone."""
+    try:
+        sources = [code(file) for file in files]
+    except FileNotFoundError:
+        return ""
+    packages = ("torch", "numpy", "transformers", *row.packages)
+    told = [
+        row.made,
+        row.options,
+        inspect.getsource(MAKERS[row.made]),
+        sources,
+        [results.version_of(name) for name in packages],
+        [MODEL, CALIBRATION, EVALUATION if part == "quality" else TOKENS],
+    ]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+
+def stands(records, row, part):
+    """Whether what is recorded of this part of a row is what a new measurement would measure."""
+    there = records.get(KEY + row.name, {}).get(part)
+    return there is not None and there["fingerprint"] == fingerprint(row, part, there["files"])
+
+
+def store(row, measured):
+    """Puts the parts just measured into the row's record, each with where and when it was."""
+    kept = results.load().get(KEY + row.name, {})
+    kept.pop("environment", None)
+    packages = ("transformers", *row.packages)
+    for part, values in measured.items():
+        values["fingerprint"] = fingerprint(row, part, values["files"])
+        kept[part] = values | {"environment": results.environment(packages)}
+    kept["family"] = row.family
+    results.record(KEY + row.name, kept, packages)
+
+
+# --- all rows --------------------------------------------------------------------------------
+
+
+def measure_all(rows, parts, again):
+    """Measures what does not stand, row by row; returns the names of those that failed."""
+    records = results.load()
+    for key in [key for key in records if key.startswith(KEY)]:
+        if key.removeprefix(KEY) not in {row.name for row in ROWS}:
+            results.forget(key)
+    todo = {}
+    for row in rows:
+        missing = [part for part in parts if again or not stands(records, row, part)]
+        if missing:
+            todo[row] = missing
+    print(f"{results.machine()}: {len(rows) - len(todo)} of {len(rows)} rows stand")
+    failed = []
+    with tqdm(todo.items(), unit="row") as bar:
+        for row, missing in bar:
+            bar.set_description(row.name)
+            if row.made == "peer":
+                try:
+                    peers.python(row.options["library"])
+                except peers.NoPeer as error:
+                    bar.write(f"{row.name} is left out: {error}")
+                    failed.append(row.name)
+                    continue
+            command = [sys.executable, "-m", "tools.table", "--measure", row.name, *missing]
+            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                failed.append(row.name)
+                continue
+            store(row, json.loads(done.stdout.splitlines()[-1]))
+            bar.write(line(row.name, results.load()[KEY + row.name]))
+    return failed
+
+
+def line(name, record):
+    text = f"{name:40}"
+    if cost := record.get("cost"):
+        text += f"{cost['bits_per_weight']:7.3f} bits {cost['size_mb']:7.1f} MB"
+    if quality := record.get("quality"):
+        text += f"   perplexity {quality['perplexity']['value']:9.2f}"
+        text += f"   KL {quality['kl']['value']:.4f}"
+    return text
+
+
+# --- the README ------------------------------------------------------------------------------
+
+IN_README = (
+    "FP32",
+    "BF16",
+    "INT8 weights, per channel",
+    "INT8 dynamic, per tensor",
+    "INT8 dynamic, per token",
+    "INT8 static, per channel",
+    "LLM.int8()",
+    "INT4 absmax, groups of 64",
+    "INT4 affine, groups of 64",
+    "NF4",
+    "NF4, double quantization",
+    "AWQ INT4, groups of 64",
+    "GPTQ INT4, groups of 64",
+    "GPTQ INT4, groups of 64, clip search",
+    "AutoGPTQ INT4, groups of 64",
+    "GPTQModel INT4, groups of 64",
+    "GGUF Q4_1",
+    "GGUF MXFP4",
+    "INT3 affine, groups of 64",
+    "GPTQ INT3, groups of 64, clip search",
+    "INT2 affine, groups of 16",
+)
+
+
+def readme_section(records):
+    """The README's summary table, from data/results.json."""
+    rows = [(name, records[KEY + name]) for name in IN_README if KEY + name in records]
+    machines = sorted({row["quality"]["environment"]["machine"] for _, row in rows})
+    dates = sorted({row["quality"]["environment"]["date"] for _, row in rows})
+    head = (
+        "method",
+        "bits per weight",
+        "perplexity",
+        "KL, nats per token",
+        "95%",
+        "MB",
+        "tokens/s",
+    )
+    table = [head, ("---",) * len(head)]
+    for name, row in rows:
+        cost, quality = row["cost"], row["quality"]
+        low, high = quality["kl"]["interval"]
+        table.append(
+            (
+                name,
+                f"{cost['bits_per_weight']:.2f}",
+                f"{quality['perplexity']['value']:.2f}",
+                f"{quality['kl']['value']:.4f}",
+                f"{low:.4f} to {high:.4f}",
+                f"{cost['size_mb']:.0f}",
+                "" if cost["tokens_per_s"] is None else f"{cost['tokens_per_s']:.0f}",
+            )
+        )
+    body = "\n".join("| " + " | ".join(row) + " |" for row in table)
+    return (
+        f"The embedded model on {EVALUATION[0]} x {EVALUATION[1]} held-out tokens; "
+        f"{'; '.join(machines)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}. Bits per "
+        "weight are those of the linear layers, scales included; MB those of the whole model, "
+        "whose embeddings stay in float32 but for FP16, BF16 and what is said to be GGUF's file. "
+        f"Notebook 08 shows all {len(ROWS)} rows, and what they cost to make.\n\n{body}\n"
+    )
+
+
+def write_readme(records):
+    """Puts the table into the README, between its two comments."""
+    before, _, rest = README.read_text(encoding="utf-8").partition(SECTION[0])
+    _, _, after = rest.partition(SECTION[1])
+    text = before + SECTION[0] + readme_section(records) + SECTION[1] + after
+    README.write_text(text, encoding="utf-8")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("rows", nargs="*", help="names of rows; all if not given")
+    parser.add_argument("--only", choices=PARTS, help="one part of each row")
+    parser.add_argument("--again", action="store_true", help="measure what stands, too")
+    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    by_name = {row.name: row for row in ROWS}
+    if arguments.measure:
+        name, *parts = arguments.measure
+        models.silence_torchao()
+        for logger in bench_models.BITSANDBYTES_NOISE:
+            logging.getLogger(logger).setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")
+        print(json.dumps(measure(by_name[name], parts)))
+        return
+    unknown = [name for name in arguments.rows if name not in by_name]
+    if unknown:
+        parser.error(f"no row {unknown[0]!r}; there are: {', '.join(by_name)}")
+    rows = [by_name[name] for name in arguments.rows] or ROWS
+    parts = [arguments.only] if arguments.only else list(PARTS)
+    failed = measure_all(rows, parts, arguments.again)
+    records = results.load()
+    if all(stands(records, by_name[name], part) for name in IN_README for part in PARTS):
+        write_readme(records)
+    if failed:
+        sys.exit(f"not measured: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
