@@ -5,6 +5,7 @@ package's own in a file of its own, tests/test_<name>_explorer.py.
 """
 
 import base64
+import html
 import io
 import random
 import re
@@ -20,7 +21,10 @@ from matplotlib.text import Text
 from PIL import Image
 
 from chapter13.explorers.base import Explorer, lines
+from chapter13.explorers.table import Table
 from chapter13.plots import LiveFigure, style
+
+VIEW = "application/vnd.jupyter.widget-view+json"
 
 
 def weight():
@@ -170,10 +174,58 @@ def test_without_a_kernel_picture_and_readout_remain(panel):
     data, metadata = panel._repr_mimebundle_()
     assert data["text/plain"] == panel.readout
     assert metadata["image/png"]["alt"] == panel.alt
-    assert "application/vnd.jupyter.widget-view+json" in data
+    assert VIEW in data
     png = base64.b64decode(data["image/png"])
     assert len(png) < 60_000
     assert Image.open(io.BytesIO(png)).size == panel.figure.canvas.get_width_height()
+
+
+def shown(panel, monkeypatch):
+    """What a cell that ends with the panel displays: (data, metadata) pairs."""
+    outputs = []
+    monkeypatch.setattr(
+        "chapter13.explorers.base.display",
+        lambda data, metadata=None, raw=False: outputs.append((data, metadata)),
+    )
+    panel._ipython_display_()
+    return outputs
+
+
+def test_words_stand_below_the_stored_picture_and_not_below_the_live_one(panel, monkeypatch):
+    (picture, metadata), (words, _) = shown(panel, monkeypatch)
+    assert picture.keys() == panel._repr_mimebundle_()[0].keys()
+    assert metadata["image/png"]["alt"] == words["text/plain"] == panel.alt
+    assert html.escape(panel.alt) in words["text/html"]
+    live = words[VIEW]["model_id"]
+    assert living_widgets[live].layout.display == "none"
+    assert live != picture[VIEW]["model_id"]
+
+
+def test_table_holds_the_readouts(panel):
+    """Those of the first and the last position of each control, where they apply."""
+    start, before = panel.settings, panel.readout
+    choices = {name: positions(control) for name, control in panel.controls.items()}
+    settings = []
+    for name, values in choices.items():
+        for value in (values[0], values[-1]):
+            try:
+                panel.compute(**start | {name: value})
+            except ValueError:
+                continue
+            settings.append({name: value})
+    table = panel.table(settings)
+    assert (panel.settings, panel.readout) == (start, before)
+    moved = {name for changed in settings for name in changed}
+    assert [label for label, _ in table.head] == [
+        control.description for name, control in panel.controls.items() if name in moved
+    ]
+    for number, changed in enumerate(settings):
+        readout = panel.compute(**start | changed).readout
+        column = {label: values[number] for label, values in table.body if values[number]}
+        assert column == {label: str(value) for label, value in readout.rows}
+        words = "".join(f"{label}{value}" for label, value in column.items())
+        # nothing is told that the table has not; lines may break elsewhere
+        assert "".join(words.split()) == "".join(readout.replace("fits:", "fits").split())
 
 
 def test_words_in_the_picture_are_large_and_inside(panel):
@@ -320,6 +372,32 @@ def test_snapshots_are_rows_and_change_nothing(toy):
 def test_snapshots_of_settings_that_do_not_fit_are_refused(toy):
     with pytest.raises(ValueError, match="does not divide"):
         toy.snapshots([{"group_size": 48}])
+
+
+def test_table_side_by_side(toy):
+    toy.set(strength=10)
+    table = toy.table([{"bits": 8}, {"group_size": 64}, {"bits": 3, "group_size": "tensor"}])
+    assert repr(table) == (
+        "bits        8           8   3\n"
+        "group size  per tensor  64  per tensor\n"
+        "----------  ----------  --  ----------\n"
+        "bits        8           8   3\n"
+        "group size  tensor      64  tensor"
+    )
+    assert calls[-3:] == [(8, "tensor", 10), (8, 64, 10), (3, "tensor", 10)]
+
+
+def test_table_of_settings_that_do_not_fit_is_refused(toy):
+    with pytest.raises(ValueError, match="does not divide"):
+        toy.table([{"group_size": 48}])
+
+
+def test_table_in_a_browser():
+    table = Table([("bits", ["8", "4"])], [("  <b>", ["1 & 2", ""])])
+    assert re.sub(' style="[^"]*"', "", table._repr_html_()) == (
+        "<table><thead><tr><th>bits</th><th>8</th><th>4</th></tr></thead><tbody>"
+        "<tr><th>&emsp;&lt;b&gt;</th><td>1 &amp; 2</td><td></td></tr></tbody></table>"
+    )
 
 
 def test_settings_that_never_fitted():

@@ -3,8 +3,8 @@
 An explorer is three things, each of which can be read and tested alone:
 
 1. a pure function from the settings to a view: a small object with the numbers to show, plus
-   `.readout` (plain text) and `.alt` (what the picture shows, in words). Where settings do not fit
-   each other it raises ValueError; the panel shows the message;
+   `.readout` (made by `lines`) and `.alt` (what the picture shows, in words). Where settings do
+   not fit each other it raises ValueError; the panel shows the message;
 2. a `LiveFigure` (in chapter13/plots) whose `update(view)` moves the artists;
 3. a plain function that puts both behind controls:
 
@@ -37,7 +37,8 @@ An explorer is three things, each of which can be read and tested alone:
 
     panel = explore_bits(weight)          # a cell that ends with `panel` shows it
     print(panel.set(bits=4, group_size=64))       # moves the controls, returns the readout
-    panel.snapshots([{"bits": 8}, {"bits": 3}])   # a static picture for those who only read
+    panel.snapshots([{"bits": 8}, {"bits": 3}])   # a static picture for those who only read,
+    panel.table([{"bits": 8}, {"bits": 3}])       # and the readouts side by side
 
 ipywidgets reads the value None as "nothing selected", so an option cannot be None.
 The names of the controls are the keyword arguments of the function. `panel.view` is the last view,
@@ -51,20 +52,39 @@ import html
 
 import ipywidgets as widgets
 import numpy as np
+from IPython.display import display
 from traitlets import TraitError, Unicode
 
-from chapter13.plots.picture import Picture, new_figure, pixels, png_bundle, small_png, style
+from chapter13.explorers.table import Table
+from chapter13.plots.picture import (
+    Picture,
+    caption,
+    new_figure,
+    pixels,
+    png_bundle,
+    small_png,
+    style,
+)
+
+
+class Readout(str):
+    """A readout's text; `rows` holds the (label, value) pairs that it was made of."""
+
+    def __new__(cls, text, rows):
+        readout = super().__new__(cls, text)
+        readout.rows = tuple(rows)
+        return readout
 
 
 def lines(*rows):
-    """(label, value) pairs -> text, a line each, values aligned.
+    """(label, value) pairs -> Readout, a line each, values aligned.
 
     >>> print(lines(("bits", 4), ("scale", "0.0125")))
     bits   4
     scale  0.0125
     """
     width = max(len(label) for label, _ in rows)
-    return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+    return Readout("\n".join(f"{label:<{width}}  {value}" for label, value in rows), rows)
 
 
 class WordedImage(widgets.Image):
@@ -124,8 +144,9 @@ class Explorer(widgets.VBox):
         )
         self._picture = WordedImage(format="png", layout=widgets.Layout(max_width="100%"))
         self._text = widgets.HTML()
+        self._nothing = widgets.Box(layout=widgets.Layout(display="none"))
         super().__init__([bar, self._picture, self._text])
-        shown = (*self.controls.values(), bar, self._picture, self._text)
+        shown = (*self.controls.values(), bar, self._picture, self._text, self._nothing)
         styles = [widget.style for widget in shown if hasattr(widget, "style")]
         self._parts = (*shown, *styles, *(widget.layout for widget in (*shown, self)))
         self._refresh()
@@ -169,6 +190,25 @@ class Explorer(widgets.VBox):
             self.figure.update(self.view)
         return Picture(np.concatenate(rows), " ".join(alts))
 
+    def table(self, settings):
+        """The readouts as a Table, a column for each dict of settings; other controls stay.
+
+        Its head are the controls that any of the dicts moves.
+        """
+        cases = [{**self.settings, **changed} for changed in settings]
+        moved = [name for name in self.controls if any(name in changed for changed in settings)]
+        readouts = [
+            {label: str(value) for label, value in self.compute(**case).readout.rows}
+            for case in cases
+        ]
+        head = [
+            (self._title(name), [self._option(name, case[name]) for case in cases])
+            for name in moved
+        ]
+        labels = dict.fromkeys(label for readout in readouts for label in readout)
+        body = [(label, [readout.get(label, "") for readout in readouts]) for label in labels]
+        return Table(head, body)
+
     def close(self):
         """Let the browser and the kernel forget the panel with all its parts."""
         for widget in self._parts:
@@ -188,12 +228,17 @@ class Explorer(widgets.VBox):
             raise ValueError(f"{name} cannot be {value!r}; it takes {_range(control)}")
 
     def _say(self, name, value):
-        control = self.controls[name]
-        for label, option in _options(control):
+        return f"{self._title(name)} {self._option(name, value)}"
+
+    def _title(self, name):
+        return self.controls[name].description.rstrip(":")
+
+    def _option(self, name, value):
+        """A control's value as the reader sees it."""
+        for label, option in _options(self.controls[name]):
             if option == value:
-                value = label
-                break
-        return f"{control.description.rstrip(':')} {value}"
+                return label
+        return f"{value:g}" if isinstance(value, float) else str(value)
 
     def _moved(self, change):
         if not self._setting:
@@ -233,7 +278,18 @@ class Explorer(widgets.VBox):
         image = self.figure.pixels(stale=self.view is None or self.readout != self.view.readout)
         data, metadata = png_bundle(small_png(image), self.alt, image.shape[1])
         widget = super()._repr_mimebundle_(**kwargs)
-        return widget | data | {"text/plain": self.readout}, metadata
+        return widget | data | {"text/plain": str(self.readout)}, metadata
+
+    def _ipython_display_(self):
+        """The panel, and below it the picture's words for viewers without a kernel.
+
+        Where widgets live, the words are the picture's tooltip, and follow the controls; a widget
+        that takes no room is shown in place of the words below.
+        """
+        data, metadata = self._repr_mimebundle_()
+        display(data, metadata=metadata, raw=True)
+        words = caption(self.alt, metadata["image/png"]["width"])
+        display(self._nothing._repr_mimebundle_() | words, raw=True)
 
 
 def _options(control):

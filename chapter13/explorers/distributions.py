@@ -235,9 +235,7 @@ def view(
     few = values if quantized.scale.numel() == 1 else values[:0]
     levels, heights = np.unique(few, return_counts=True)
 
-    part = [("rows shown", f"{len(weight)} of {layer.out_features}")]
-    readout = lines(
-        *(part if len(weight) < layer.out_features else []),
+    rows = [
         ("standard deviation σ", f"{layer.sigma:.3g}"),
         ("codes in use", f"{used} of {2**bits}"),
         ("entropy of the codes", f"{information:.2f} of {bits} bits"),
@@ -246,12 +244,14 @@ def view(
         ("SQNR", f"{sqnr:.1f} dB"),
         ("largest error", f"{max_abs_error(weight, approximation):.2e}"),
         ("memory", f"{quantized.bits_per_weight:.3g} bits per weight"),
-    )
+    ]
+    if len(weight) < layer.out_features:
+        rows.insert(0, ("rows shown", f"{len(weight)} of {layer.out_features}"))
     losses = None
     if method in LEARNED:
         losses = output_losses(weight, approximation, bits, group_size, seen)
         told = f"{losses[0]:.2g}, affine rounding {losses[1]:.2g}"
-        readout += "\n" + lines(("error of the outputs ", told))
+        rows.append(("error of the outputs", told))
     return View(
         layer=layer,
         method=method,
@@ -266,7 +266,7 @@ def view(
         error_density=_density(errors, error**0.5 or 1.0),
         quantiles=_quantiles(values) / layer.sigma,
         output_losses=losses,
-        readout=readout,
+        readout=lines(*rows),
         alt=(
             f"Four panels for {method} with {bits} bits: the weights and their reconstruction; "
             f"the codes, {used} of {2**bits} in use, with {information:.2f} bits of entropy; "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import ipywidgets as widgets
 import torch
 
-from chapter13.explorers.base import Explorer, lines
+from chapter13.explorers.base import Explorer, Readout, lines
 from chapter13.memory import (
     CARDS,
     FORMATS,
@@ -146,12 +146,13 @@ def memory(
     # lines break between cards, not inside a name: a space that does not break stands in
     named = "; ".join(card.replace(" ", "\xa0") for card in holds) or "none of these cards alone"
     cards = textwrap.fill(f"fits: {named}", width=88).replace("\xa0", " ")
+    fits = ("fits", named.replace("\xa0", " "))
     return MemoryView(
         gigabytes=gigabytes,
         total=total,
         holds=holds,
         limit=_limit((sum(weight_bytes(shape, "fp32").values()) + sizes["KV cache"]) / 1e9),
-        readout=f"{readout}\n{cards}",
+        readout=Readout(f"{readout}\n{cards}", [*readout.rows, fits]),
         alt=(
             f"{model} in {format} takes {total:.3g} GB, the KV cache of {batch} x {context:,} "
             f"tokens included; {len(holds)} of {len(CARDS)} kinds of cards hold it."

@@ -159,7 +159,7 @@ def view(tokenizer, prompt, method, bits, reference, new, margin, bits_per_weigh
         ("bits per weight, scales included", f"{bits_per_weight:.2f}"),
         ("tokens before the first difference", f"{agree} of {len(reference)}"),
         ("full precision", printable(before)),
-        (f"{name}, {bits} bits", printable(after)),
+        ("quantized", printable(after)),
     )
     return View(
         title=f"{name}, {bits} bits",

@@ -90,9 +90,9 @@ def pixels(figure):
 
 
 def small_png(image):
-    """uint8 (height, width, 3) pixels -> PNG bytes with a palette of 256 colors."""
+    """uint8 (height, width, 3) pixels -> PNG bytes with a palette of 128 colors."""
     file = io.BytesIO()
-    palette = Image.fromarray(image).quantize(256, dither=Image.Dither.NONE)
+    palette = Image.fromarray(image).quantize(128, dither=Image.Dither.NONE)
     palette.save(file, "png", optimize=True)
     return file.getvalue()
 
@@ -101,6 +101,16 @@ def png_bundle(png, alt, width):
     """(data, metadata) of a notebook output: the PNG and its alternative text."""
     data = {"image/png": base64.b64encode(png).decode("ascii"), "text/plain": alt}
     return data, {"image/png": {"alt": alt, "width": width}}
+
+
+def caption(alt, width):
+    """The output that holds a picture's words, to stand below it.
+
+    JupyterLab 4.6 and nbconvert 7.17 drop the `alt` in an image's metadata, so the words stand
+    where everybody can read them. They are compared when notebooks are tested.
+    """
+    look = f"max-width: {width}px; margin: 0; font-size: 14px; color: #555"
+    return {"text/html": f'<p style="{look}">{html.escape(alt)}</p>', "text/plain": alt}
 
 
 class Picture:
@@ -139,15 +149,7 @@ class Picture:
         return png_bundle(self.png, self.alt, self.width)
 
     def _ipython_display_(self):
-        """The picture, and below it the alternative text as its caption.
-
-        JupyterLab 4.6 and nbconvert 7.17 drop the `alt` in an image's metadata, so the words stand
-        where everybody can read them. They are compared when notebooks are tested.
-        """
+        """The picture, and below it the alternative text as its caption."""
         data, metadata = png_bundle(self.png, self.alt, self.width)
         display(data, metadata=metadata, raw=True)
-        caption = (
-            f'<p style="max-width: {self.width}px; margin: 0; font-size: 14px; color: #555">'
-            f"{html.escape(self.alt)}</p>"
-        )
-        display({"text/html": caption, "text/plain": self.alt}, raw=True)
+        display(caption(self.alt, self.width), raw=True)
