@@ -13,7 +13,7 @@ NOTEBOOKS := $(wildcard notebooks/[0-9][0-9]_*.ipynb)
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=600 --nbval-sanitize-with=tests/nbval_sanitize.cfg
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test data rerun reset lint mutants bench bench-large peers bench-peers llama fuzz pictures pins clean
+.PHONY: help setup lab test data rerun reset lint mutants bench bench-large peers bench-peers llama fuzz pictures slides pins clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -117,10 +117,13 @@ fuzz: data ## fuzz the GGUF reader for five minutes (FOUND keeps the files that 
 pictures: data ## take the README's pictures afresh from a running JupyterLab
 	$(BIN)/python -m tools.pictures
 
+slides: setup ## a deck of slides from each notebook, in build/slides/ (needs npm, once)
+	@$(BIN)/python -m tools.slides.build
+
 pins: setup ## write constraints.txt afresh: the newest versions that install together
 	$(BIN)/python tools/pins.py write
 
 clean: ## remove .venv, .peers, caches and what data fetched; notebooks, results and figures stay
-	rm -rf $(VENV) .peers build *.egg-info .pytest_cache .ruff_cache .hypothesis mutants
+	rm -rf $(VENV) .peers build tools/slides/node_modules *.egg-info .pytest_cache .ruff_cache .hypothesis mutants
 	find chapter13 tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 	test ! -d data || find data -mindepth 1 -maxdepth 1 ! -name results.json ! -name '*.png' -exec rm -rf {} +

@@ -1,0 +1,214 @@
+// Lays the cells of a notebook out on slides of 1280 x 720, none of which has to be scrolled.
+//
+// A slide of the notebook is taken apart into blocks: heading, paragraph, item of a list, code,
+// print, picture, table. What does not fit on one slide goes on on the next, under the heading
+// again. Where to break is chosen for the whole slide at once, as TeX breaks a paragraph: each way
+// to break has a cost, and the cheapest wins. Pictures take what room is left. Nothing is cut off:
+// a block that is higher than a slide is left to stick out, and the slides' test reports it.
+
+const PAGE = { width: 1216, height: 652, gap: 14 }; // inside of a slide, see slides.css
+const CODE_SIZES = [22, 20, 18]; // px; the largest that needs no wrapping
+const COST = { page: 100, empty: 120, tight: 70 };
+
+/** Replaces each slide in `root` by one or more that fit. `root` has to be laid out, unscaled. */
+function fitSlides(root) {
+  const slides = [...root.querySelectorAll("section")].filter((each) => !each.querySelector("section"));
+  let heading = null; // the last one so far
+  for (const slide of slides) {
+    const { blocks, notes } = takeApart(slide);
+    const pages = cheapest(slide, blocks, heading ?? blocks[0].node);
+    for (const page of pages) {
+      page.again = page.blocks[0].kind === "heading" ? null : heading;
+      heading = page.blocks.findLast((block) => block.kind === "heading")?.node ?? heading;
+    }
+    slide.replaceWith(...pages.map((page) => build(page, slide, notes)));
+  }
+}
+
+/** The blocks of a slide in order, and its speaker notes, each with the block that it follows. */
+function takeApart(slide) {
+  const blocks = [];
+  const notes = [];
+  const cells = [...slide.querySelectorAll(".jp-Cell, aside.notes")];
+  for (const cell of cells.filter((each) => !each.parentElement.closest("aside.notes"))) {
+    if (cell.matches("aside.notes")) {
+      notes.push({ node: cell, after: blocks.at(-1) });
+      continue;
+    }
+    const fragment = cell.closest(".fragment");
+    for (const node of parts(cell)) {
+      blocks.push({ node, cell, fragment, kind: kindOf(node) });
+    }
+  }
+  return { blocks, notes };
+}
+
+/** The nodes of a cell that stay whole; a list falls into lists of one item each. */
+function parts(cell) {
+  const found = cell.querySelectorAll(
+    ":scope .jp-MarkdownOutput > *, :scope .jp-InputArea-editor, :scope .jp-OutputArea-output",
+  );
+  return [...found].flatMap((node) => (node.matches("ul, ol") ? items(node) : [node]));
+}
+
+function items(list) {
+  return [...list.children].map((item, index) => {
+    const single = list.cloneNode(false);
+    if (list.matches("ol")) single.start = list.start + index;
+    single.append(item);
+    return single;
+  });
+}
+
+function kindOf(node) {
+  if (node.matches("h1, h2, h3, h4")) return "heading";
+  if (node.matches("ul, ol")) return "item";
+  if (node.matches(".jp-InputArea-editor")) return "code";
+  if (node.matches(".jp-RenderedImage")) return "picture";
+  if (node.matches(".jp-OutputArea-output")) return "print";
+  return node.matches("table") ? "table" : "text";
+}
+
+/** The pages of the cheaper layout: with letters as they should be, or a little smaller. */
+function cheapest(slide, blocks, heading) {
+  const layouts = ["", "tight"].map((size) => {
+    const ruler = slide.cloneNode(false);
+    ruler.className = `ruler ${size}`;
+    const again = repeat(heading);
+    ruler
+      .appendChild(element("div", "page"))
+      .append(again, ...blocks.map((block) => block.node));
+    slide.before(ruler);
+    const measured = blocks.map(measure);
+    const { pages, cost } = paginate(measured, again.offsetHeight + PAGE.gap);
+    ruler.remove();
+    pages.forEach((page) => (page.size = size));
+    return { pages, cost: cost + (size ? COST.tight : 0) };
+  });
+  return layouts[0].cost <= layouts[1].cost ? layouts[0].pages : layouts[1].pages;
+}
+
+/** The block with its least and its most height on a slide, and the letters that it needs. */
+function measure(block) {
+  const { node, kind } = block;
+  node.classList.remove("wrap");
+  if (kind === "picture") {
+    const image = node.querySelector("img");
+    const ratio = image.naturalHeight / image.naturalWidth;
+    const natural = Math.min(image.naturalHeight, PAGE.height - 70); // 70: the heading, again
+    return { ...block, least: natural, most: Math.max(natural, Math.min(PAGE.width * ratio, PAGE.height)) };
+  }
+  const pre = node.querySelector("pre") ?? (node.matches("pre") ? node : null);
+  let size = null;
+  if (pre) {
+    const sizes = node.closest(".tight") ? CODE_SIZES.slice(-1) : CODE_SIZES;
+    size = sizes.find((each) => {
+      node.style.setProperty("--code-size", `${each}px`);
+      return pre.scrollWidth <= pre.clientWidth;
+    });
+    if (!size) node.classList.add("wrap");
+    size ??= CODE_SIZES.at(-1);
+  }
+  const height = node.getBoundingClientRect().height;
+  return { ...block, size, wrap: node.matches(".wrap"), least: height, most: height };
+}
+
+/** The cheapest way to break the blocks into pages; found from the last block backwards. */
+function paginate(blocks, again) {
+  const best = [{ cost: 0, pages: [] }]; // best[k]: for the last k blocks
+  for (let from = blocks.length - 1; from >= 0; from--) {
+    let least = blocks[from].kind === "heading" ? 0 : again;
+    let most = least;
+    let cheapest = null;
+    for (let to = from; to < blocks.length; to++) {
+      least += blocks[to].least + (to > from ? PAGE.gap : 0);
+      most += blocks[to].most + (to > from ? PAGE.gap : 0);
+      if (least > PAGE.height && to > from) break;
+      const next = best[blocks.length - 1 - to];
+      const cost = next.cost + pageCost(most) + breakCost(blocks[to], blocks[to + 1]);
+      if (!cheapest || cost < cheapest.cost) {
+        const page = { blocks: blocks.slice(from, to + 1), room: PAGE.height - least };
+        cheapest = { cost, pages: [page, ...next.pages] };
+      }
+    }
+    best.push(cheapest);
+  }
+  return best.at(-1);
+}
+
+function pageCost(height) {
+  const empty = Math.max(0, 1 - height / PAGE.height);
+  return COST.page + COST.empty * empty ** 2;
+}
+
+/** What it costs to turn the page between two blocks: how much one needs the other. */
+function breakCost(before, after) {
+  if (!after) return 0;
+  if (before.kind === "heading") return 1e6;
+  if (before.kind === "text" && before.node.textContent.trim().endsWith(":")) return 90;
+  if (after.kind === "text") return before.cell === after.cell ? 12 : 8;
+  if (after.kind === "heading") return 0;
+  if (before.cell === after.cell) return after.kind === "item" ? 20 : 15; // code and its result
+  return before.kind === "text" ? 25 : 5;
+}
+
+/** A page as a section of the deck, with the attributes of the slide that it comes from. */
+function build(page, slide, notes) {
+  const section = slide.cloneNode(false);
+  section.className = page.size;
+  const inside = section.appendChild(element("div", "page"));
+  if (page.blocks.some((block) => block.node.matches("h1"))) section.classList.add("title");
+  if (page.again && !section.matches(".title")) inside.append(repeat(page.again));
+  const pictures = page.blocks.filter((block) => block.kind === "picture");
+  for (const block of page.blocks) {
+    const { node } = block;
+    inside.append(node);
+    if (block.size) node.style.setProperty("--code-size", `${block.size}px`);
+    node.classList.toggle("wrap", Boolean(block.wrap));
+    if (block.kind === "picture") {
+      const height = Math.min(block.most, block.least + page.room / pictures.length);
+      node.querySelector("img").style.height = `${Math.floor(height)}px`;
+    }
+  }
+  showInSteps(page.blocks);
+  section.append(speakerNotes(page.blocks, notes));
+  return section;
+}
+
+/** What is shown later in the notebook's slide is so here; a page never starts empty. */
+function showInSteps(blocks) {
+  const steps = [...new Set(blocks.map((block) => block.fragment))];
+  const first = blocks[0].kind === "heading" ? blocks[1]?.fragment : blocks[0].fragment;
+  for (const { node, fragment } of blocks) {
+    if (!fragment || fragment === first) continue;
+    node.classList.add("fragment");
+    node.dataset.fragmentIndex = steps.indexOf(fragment);
+  }
+}
+
+/** Notes stay with what they follow; what a picture shows stands there in words. */
+function speakerNotes(blocks, notes) {
+  const aside = element("aside", "notes");
+  for (const { node, kind } of blocks) {
+    if (kind === "picture") {
+      const words = aside.appendChild(element("p"));
+      words.textContent = `Picture: ${node.querySelector("img").alt}`;
+    }
+  }
+  for (const { node, after } of notes) {
+    if (!after || blocks.some((block) => block.node === after.node)) {
+      aside.append(...node.querySelectorAll(".jp-MarkdownOutput > *"));
+    }
+  }
+  return aside;
+}
+
+function repeat(heading) {
+  const again = element("h2", "again");
+  again.innerHTML = heading.innerHTML;
+  return again;
+}
+
+function element(name, className = "") {
+  return Object.assign(document.createElement(name), { className });
+}
