@@ -11,6 +11,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from chapter13 import gptq
 from chapter13.blocks import Walk, find_blocks
 from chapter13.layers import linear_layers, put_weight, weight_of
 from chapter13.linear import QuantizedLinear
+from chapter13.packing import pack
 from chapter13.storage import load_quantized, save_quantized
 from chapter13.tensors import QuantizedTensor
 
@@ -43,26 +45,45 @@ def gptq_block(
     """Quantizes a block by GPTQ while the walk goes through it: name -> QuantizedTensor.
 
     Leaves the dequantized weights in the block's layers. Layers that read the same input share its
-    Hessian. `done(name, loss)` is told each layer's `gptq.layer_loss`; `options` are those of
-    `gptq.quantize`.
+    Hessian, and are one matrix to GPTQ, whose rows have nothing to do with each other: one loop
+    over the columns serves them all. `done(name, loss)` is told each layer's `gptq.layer_loss`;
+    `options` are those of `gptq.quantize`.
     """
     block, quantized = walk.blocks[index], {}
 
     def change(names, inputs):
         H = gptq.hessian(inputs)
-        for name in names:
-            layer = block.get_submodule(name)
-            weight = weight_of(layer)
-            try:
-                quantized[name] = gptq.quantize(weight, H, **options)
-            except ValueError as error:
-                raise ValueError(f"{walk.name}.{index}.{name}: {error}") from error
-            restored = quantized[name].dequantize()
+        layers = [block.get_submodule(name) for name in names]
+        weights = [weight_of(layer) for layer in layers]
+        try:
+            stacked = gptq.quantize(torch.cat(weights), H, **options)
+        except ValueError as error:
+            where = ", ".join(f"{walk.name}.{index}.{name}" for name in names)
+            raise ValueError(f"{where}: {error}") from error
+        parts = _split(stacked, [len(weight) for weight in weights])
+        for name, layer, weight, part in zip(names, layers, weights, parts, strict=True):
+            quantized[name] = part
+            restored = part.dequantize()
             done(name, gptq.layer_loss(weight, restored, H))
             put_weight(layer, restored)
 
     walk.visit(index, change)
     return quantized
+
+
+def _split(stacked: QuantizedTensor, heights: list[int]) -> list[QuantizedTensor]:
+    """An affine weight whose rows belong to several layers, as a weight for each."""
+    parts = (stacked.codes(), stacked.stored_scale, stacked.zero_point)
+    return [
+        replace(
+            stacked,
+            packed=pack(codes.contiguous(), stacked.bits),
+            shape=codes.shape,
+            stored_scale=scale.clone(),
+            packed_zero_point=pack(zero.contiguous(), stacked.bits),
+        )
+        for codes, scale, zero in zip(*(part.split(heights) for part in parts), strict=True)
+    ]
 
 
 def quantize_blocks(

@@ -90,14 +90,21 @@ def test_each_layer_learns_from_quantized_inputs(make, at_once, monkeypatch):
             # Sequences that pass in other batches take other kernels: x differs by 1e-4 of its
             # largest magnitude at the most (see test_blocks), each product of two by twice that.
             bound = 2 * 2e-4 * x.abs().max() ** 2
-            for layer in group:
-                weight, H, quantized = solved.pop(0)
-                module = block.get_submodule(layer)
-                assert torch.equal(weight, weight_of(module))
-                assert (H - expected).abs().max() <= bound
+            weight, H, quantized = solved.pop(0)
+            modules = [block.get_submodule(layer) for layer in group]
+            assert torch.equal(weight, torch.cat([weight_of(module) for module in modules]))
+            assert (H - expected).abs().max() <= bound
+            # one after the other, the layers hold what the solver made of their common matrix
+            found_rows = 0
+            for layer, module in zip(group, modules, strict=True):
                 ours = model.get_submodule(f"{place}.{index}.{layer}").quantized
-                assert torch.equal(ours.packed, quantized.packed)
-                learned.put_weight(module, quantized.dequantize())
+                rows = slice(found_rows, found_rows + ours.shape[0])
+                found_rows += ours.shape[0]
+                assert torch.equal(ours.codes(), quantized.codes()[rows])
+                assert torch.equal(ours.scale, quantized.scale[rows])
+                assert torch.equal(ours.zero_point, quantized.zero_point[rows])
+                learned.put_weight(module, ours.dequantize())
+            assert found_rows == quantized.shape[0]
     assert not solved
 
 
@@ -114,11 +121,14 @@ class Interrupted(KeyboardInterrupt):
     pass
 
 
-SOLVERS = {"gptq": (gptq, "quantize"), "awq": (awq, "quantize_affine")}  # once a layer
+# called once for layers with the same input, and once a layer
+SOLVERS = {"gptq": (gptq, "quantize"), "awq": (awq, "quantize_affine")}
+CALLS = {("gptq", tiny_llama): 4, ("gptq", tiny_gpt2): 4, ("awq", tiny_llama): 7}  # of a block
+CALLS["awq", tiny_gpt2] = 4
 
 
 def interrupt_at(monkeypatch, method, call):
-    """Makes the quantization of the `call`-th layer end like Ctrl-C."""
+    """Makes the `call`-th call of a method's solver end like Ctrl-C."""
     module, name = SOLVERS[method]
     solve, calls = getattr(module, name), []
 
@@ -156,8 +166,8 @@ def test_an_interrupted_model_is_as_it_was(method, make, resume, call, monkeypat
 def test_a_resumed_run_gives_what_an_unbroken_one_gives(method, make, dtype, monkeypatch, tmp_path):
     unbroken = quantize_model(make().to(dtype), method, **SMALL)
     run = tmp_path / "run"
-    blocks_done = 4 if make is tiny_gpt2 else 7
-    interrupt_at(monkeypatch, method, blocks_done + 2)
+    calls_of_a_block = CALLS[method, make]
+    interrupt_at(monkeypatch, method, calls_of_a_block + 2)
     with pytest.raises(Interrupted):
         quantize_model(make().to(dtype), method, resume=run, **SMALL)
     monkeypatch.undo()
@@ -165,7 +175,7 @@ def test_a_resumed_run_gives_what_an_unbroken_one_gives(method, make, dtype, mon
 
     calls = interrupt_at(monkeypatch, method, 99)
     resumed = quantize_model(make().to(dtype), method, resume=run, **SMALL)
-    assert len(calls) == blocks_done  # the first block was not solved again
+    assert len(calls) == calls_of_a_block  # the first block was not solved again
     assert_same(resumed, state(unbroken))
 
     calls.clear()
