@@ -95,7 +95,20 @@ function keepEvents(mount) {
   });
 }
 
+/** A long readout goes into two columns; its room only grows, lest the picture jump. */
+function settleReadout(mount) {
+  const settle = () => {
+    const text = mount.querySelector(".widget-html-content pre");
+    if (!text) return; // the parts of a panel come one by one
+    text.classList.toggle("two", text.textContent.split("\n").length > 5);
+    text.parentElement.style.minHeight = `${text.parentElement.offsetHeight}px`;
+  };
+  new MutationObserver(settle).observe(mount, { childList: true, subtree: true });
+}
+
 async function goLive({ HTMLManager }) {
+  // the widgets ask for MathJax 2, the deck has 3
+  MathJax.Hub = { Queue: ([, , element]) => MathJax.typesetPromise([element]) };
   const kernel = new Kernel(`ws://${location.host}/kernel`);
   await kernel.opened;
   const manager = liveManager(HTMLManager, kernel);
@@ -104,10 +117,13 @@ async function goLive({ HTMLManager }) {
     keepEvents(mount);
     const view = await manager.create_view(await manager.get_model(mount.dataset.model));
     mount.replaceChildren();
+    settleReadout(mount);
     await manager.display_view(view, mount);
     mount.classList.add("live-on");
   }
   document.documentElement.classList.add("live-ready");
 }
 
-Reveal.on("ready", () => require(["@jupyter-widgets/html-manager"], goLive));
+// require.js calls plain functions alone, not async ones
+const whenReady = () => require(["@jupyter-widgets/html-manager"], (module) => void goLive(module));
+document.addEventListener("ready", whenReady);
