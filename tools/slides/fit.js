@@ -6,9 +6,9 @@
 // to break has a cost, and the cheapest wins. Pictures take what room is left. Nothing is cut off:
 // a block that is higher than a slide is left to stick out, and the slides' test reports it.
 
-const PAGE = { width: 1216, height: 652, gap: 14 }; // inside of a slide, see slides.css
+const PAGE = { width: 1216, height: 660 }; // inside of a slide; the numbers are those of slides.css
+const SIZES = { "": { gap: 14, cost: 0 }, tight: { gap: 10, cost: 140 } };
 const CODE_SIZES = [22, 20, 18]; // px; the largest that needs no wrapping
-const COST = { page: 100, empty: 120, tight: 70 };
 
 /** Replaces each slide in `root` by one or more that fit. `root` has to be laid out, unscaled. */
 function fitSlides(root) {
@@ -36,8 +36,9 @@ function takeApart(slide) {
       continue;
     }
     const fragment = cell.closest(".fragment");
+    const title = Boolean(cell.querySelector("h1"));
     for (const node of parts(cell)) {
-      blocks.push({ node, cell, fragment, kind: kindOf(node) });
+      blocks.push({ node, cell, title, fragment, kind: kindOf(node) });
     }
   }
   return { blocks, notes };
@@ -71,19 +72,19 @@ function kindOf(node) {
 
 /** The pages of the cheaper layout: with letters as they should be, or a little smaller. */
 function cheapest(slide, blocks, heading) {
-  const layouts = ["", "tight"].map((size) => {
+  const layouts = Object.entries(SIZES).map(([size, { gap, cost }]) => {
     const ruler = slide.cloneNode(false);
-    ruler.className = `ruler ${size}`;
+    ruler.className = `ruler ${size} ${titleClass(blocks)}`;
     const again = repeat(heading);
     ruler
       .appendChild(element("div", "page"))
       .append(again, ...blocks.map((block) => block.node));
     slide.before(ruler);
     const measured = blocks.map(measure);
-    const { pages, cost } = paginate(measured, again.offsetHeight + PAGE.gap);
+    const found = paginate(measured, again.offsetHeight + gap, gap);
     ruler.remove();
-    pages.forEach((page) => (page.size = size));
-    return { pages, cost: cost + (size ? COST.tight : 0) };
+    found.pages.forEach((page) => (page.size = size));
+    return { pages: found.pages, cost: found.cost + cost };
   });
   return layouts[0].cost <= layouts[1].cost ? layouts[0].pages : layouts[1].pages;
 }
@@ -106,23 +107,26 @@ function measure(block) {
       node.style.setProperty("--code-size", `${each}px`);
       return pre.scrollWidth <= pre.clientWidth;
     });
-    if (!size) node.classList.add("wrap");
-    size ??= CODE_SIZES.at(-1);
+    if (!size) {
+      node.classList.add("wrap");
+      size = sizes.at(-2) ?? sizes.at(-1);
+      node.style.setProperty("--code-size", `${size}px`);
+    }
   }
   const height = node.getBoundingClientRect().height;
   return { ...block, size, wrap: node.matches(".wrap"), least: height, most: height };
 }
 
 /** The cheapest way to break the blocks into pages; found from the last block backwards. */
-function paginate(blocks, again) {
+function paginate(blocks, again, gap) {
   const best = [{ cost: 0, pages: [] }]; // best[k]: for the last k blocks
   for (let from = blocks.length - 1; from >= 0; from--) {
     let least = blocks[from].kind === "heading" ? 0 : again;
     let most = least;
     let cheapest = null;
     for (let to = from; to < blocks.length; to++) {
-      least += blocks[to].least + (to > from ? PAGE.gap : 0);
-      most += blocks[to].most + (to > from ? PAGE.gap : 0);
+      least += blocks[to].least + (to > from ? gap : 0);
+      most += blocks[to].most + (to > from ? gap : 0);
       if (least > PAGE.height && to > from) break;
       const next = best[blocks.length - 1 - to];
       const cost = next.cost + pageCost(most) + breakCost(blocks[to], blocks[to + 1]);
@@ -138,16 +142,23 @@ function paginate(blocks, again) {
 
 function pageCost(height) {
   const empty = Math.max(0, 1 - height / PAGE.height);
-  return COST.page + COST.empty * empty ** 2;
+  return 100 + 60 * empty ** 2;
+}
+
+/** The title page is that with the notebook's own heading; it is laid out differently. */
+function titleClass(blocks) {
+  return blocks.some((block) => block.title) ? "title" : "";
 }
 
 /** What it costs to turn the page between two blocks: how much one needs the other. */
 function breakCost(before, after) {
   if (!after) return 0;
+  if (before.title && !after.title) return -1e3; // the title stands alone
   if (before.kind === "heading") return 1e6;
   if (before.kind === "text" && before.node.textContent.trim().endsWith(":")) return 90;
   if (after.kind === "text") return before.cell === after.cell ? 12 : 8;
   if (after.kind === "heading") return 0;
+  if (after.kind === "picture") return 60;
   if (before.cell === after.cell) return after.kind === "item" ? 20 : 15; // code and its result
   return before.kind === "text" ? 25 : 5;
 }
@@ -155,10 +166,9 @@ function breakCost(before, after) {
 /** A page as a section of the deck, with the attributes of the slide that it comes from. */
 function build(page, slide, notes) {
   const section = slide.cloneNode(false);
-  section.className = page.size;
+  section.className = `${page.size} ${titleClass(page.blocks)}`;
   const inside = section.appendChild(element("div", "page"));
-  if (page.blocks.some((block) => block.node.matches("h1"))) section.classList.add("title");
-  if (page.again && !section.matches(".title")) inside.append(repeat(page.again));
+  if (page.again && !titleClass(page.blocks)) inside.append(repeat(page.again));
   const pictures = page.blocks.filter((block) => block.kind === "picture");
   for (const block of page.blocks) {
     const { node } = block;
