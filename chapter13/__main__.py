@@ -138,7 +138,7 @@ def _open(name: str, device: torch.device | None):
     tokenizer = AutoTokenizer.from_pretrained(
         folder, trust_remote_code=False, local_files_only=True
     )
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
+    return model.to(models.find_device(device)), tokenizer
 
 
 def _kind(name: str) -> str | None:
@@ -255,12 +255,9 @@ def _positive(text: str) -> int:
 
 def _device(text: str) -> torch.device:
     try:
-        device = torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"cpu, cuda or cuda:1, not {text!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("PyTorch finds no GPU here")
-    return device
+        return models.find_device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _damp(text: str) -> float:

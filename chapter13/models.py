@@ -3,6 +3,7 @@
 Weights come from safetensors files alone: they hold numbers, where a pickle may hold a program.
 """
 
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def load(name: str = EMBEDDED, device: str | torch.device | None = None, mapped:
 
     `name`: "smollm2-135m", the embedded model, for which no network is touched; else the id of a
     model on the Hugging Face hub, such as "gpt2", or a folder that holds one.
-    `device`: None takes the GPU when there is one, else the CPU.
+    `device`: as `find_device` takes it; None takes the GPU when there is one, else the CPU.
     `mapped`: keep the data type that the checkpoint says it has, and compute in float32 all the
     same (see `computes_in_float32`). The cast takes time at each use, but no memory: on the CPU a
     checkpoint in 16 bits, in one file or many, then stays where it is, on the disk.
@@ -33,10 +34,9 @@ def load(name: str = EMBEDDED, device: str | torch.device | None = None, mapped:
 
     Raises FileNotFoundError when the embedded model was not fetched yet, ConnectionError when the
     hub is out of reach and has not been asked for this model before, OSError (by transformers) when
-    there is no such model or it has no safetensors file.
+    there is no such model or it has no safetensors file, and ValueError as `find_device`.
     """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device(device)
     with _found(name) as (source, safe):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,6 +46,27 @@ def load(name: str = EMBEDDED, device: str | torch.device | None = None, mapped:
         )
     model = model.to(device).eval()
     return computes_in_float32(model) if mapped else model, tokenizer
+
+
+def find_device(name: str | torch.device | None = None) -> torch.device:
+    """Where models go: to `name`, or where the environment variable CHAPTER13_DEVICE says ("cpu",
+    "cuda", "cuda:1"), or to the GPU when there is one, else to the CPU.
+
+    Raises ValueError for what is no device, and for a GPU that PyTorch does not find: why not.
+    """
+    name = name or os.environ.get("CHAPTER13_DEVICE")
+    if not name:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"a device is called cpu, cuda or cuda:1, not {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        why = f"it is built for CUDA {torch.version.cuda}, but no driver answers: see nvidia-smi"
+        if torch.version.cuda is None:
+            why = "it is a build for CPUs alone"
+        raise ValueError(f"PyTorch {torch.__version__} finds no GPU: {why}")
+    return device
 
 
 def skeleton(name: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:

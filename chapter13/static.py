@@ -154,7 +154,8 @@ class StaticInt8Linear(Int8Linear):
         if not 0 < clip < math.inf:
             raise ValueError(f"clip must be positive and finite, not {clip!r}")
         super().__init__(weight, bias, "per_token")
-        self.register_buffer("activation_scale", torch.tensor(max(clip / _STEPS, _EPS)))
+        scale = torch.tensor(max(clip / _STEPS, _EPS), device=self.codes.device)
+        self.register_buffer("activation_scale", scale)
 
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
         """The int8 codes of activations, in their shape."""

@@ -67,7 +67,7 @@ def test_words_go_beside_the_picture(monkeypatch):
     assert "less &lt; &quot;more&quot; &amp; all" in caption["text/html"]
 
 
-def test_a_palette_of_256_colors_does_not_show():
+def test_a_small_palette_does_not_show():
     """Even on what needs most colors, a smooth map with text on it."""
     with style():
         figure, ax = new_figure(width=6, height=4)

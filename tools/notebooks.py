@@ -168,6 +168,7 @@ def problems(path):
     notebook = read(path)
     found = output_problems(notebook) + metadata_problems(notebook) + shape_problems(notebook)
     found += text_problems(notebook) + link_problems(notebook, path)
+    found += navigation_problems(notebook, path.resolve())
     size = path.stat().st_size
     if size >= MOST_BYTES:
         found.append(f"{size / 1000:.0f} kB, should be below {MOST_BYTES / 1000:.0f} kB")
@@ -296,6 +297,28 @@ def link_problems(notebook, path):
                 if anchor not in anchors(notebook if file == path else read(file)):
                     found.append(f"{named(index, cell)} links to {target}: no such heading")
     return found
+
+
+def title(path):
+    """A notebook's first heading."""
+    return read(path).cells[0].source.splitlines()[0].removeprefix("# ")
+
+
+def navigation(path):
+    """The last cell of a numbered notebook: the way to the ones before and after it."""
+    course = numbered()
+    place = course.index(path)
+    links = [("Before", other) for other in course[:place][-1:]]
+    links += [("Next", other) for other in course[place + 1 :][:1]]
+    words = [f"{which}: [{title(other)}]({other.name})" for which, other in links]
+    return " · ".join([*words, "[Glossary](glossary.md)"])
+
+
+def navigation_problems(notebook, path):
+    """A notebook of the course whose last cell does not lead on."""
+    if path not in numbered() or notebook.cells[-1].source == navigation(path):
+        return []
+    return [f"the last cell should be: {navigation(path)}"]
 
 
 def check(paths):

@@ -80,8 +80,10 @@ def view(x, weight, percentile: float, alpha: float, threshold: float) -> View:
 def explore_activations(layers: dict[str, tuple[torch.Tensor, torch.Tensor]]):
     """A panel: percentile, alpha and threshold, on the inputs and weight of one layer.
 
-    `layers`: name -> (inputs (tokens, in_features), weight (out_features, in_features)), float32.
+    `layers`: name -> (inputs (tokens, in_features), weight (out_features, in_features)), float32;
+    from a GPU, they are copied to the CPU.
     """
+    layers = {name: (x.cpu(), weight.cpu()) for name, (x, weight) in layers.items()}
     controls = {
         "layer": widgets.Dropdown(options=list(layers), description="layer"),
         "percentile": widgets.SelectionSlider(

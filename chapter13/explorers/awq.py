@@ -67,8 +67,9 @@ def explore_awq(layers: dict[str, tuple[torch.Tensor, torch.Tensor]]):
     """A panel: the exponent r, bits and group size, on the inputs and weight of one layer.
 
     `layers`: name -> (inputs (tokens, in_features), weight (out_features, in_features)), float32.
-    The loss is that of the layer's own output.
+    From a GPU, they are copied to the CPU. The loss is that of the layer's own output.
     """
+    layers = {name: (x.cpu(), weight.cpu()) for name, (x, weight) in layers.items()}
     controls = {
         "layer": widgets.Dropdown(options=list(layers), description="layer"),
         "r": widgets.SelectionSlider(options=list(RATIOS), value=0.5, description="r"),

@@ -207,7 +207,7 @@ class Explorer(widgets.VBox):
         ]
         labels = dict.fromkeys(label for readout in readouts for label in readout)
         body = [(label, [readout.get(label, "") for readout in readouts]) for label in labels]
-        return Table(head, body)
+        return Table(head, [row for row in body if row not in head])
 
     def close(self):
         """Let the browser and the kernel forget the panel with all its parts."""

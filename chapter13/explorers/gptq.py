@@ -165,7 +165,8 @@ class LayerView:
 
 
 def collect(model, tokens: torch.Tensor, block: int) -> dict[str, torch.Tensor]:
-    """What reaches the linear layers of one block: name -> float32 (sequences, length, in).
+    """What reaches the linear layers of one block: name -> float32 (sequences, length, in), on the
+    CPU, as explorers want it.
 
     `tokens`: int64 (sequences, length). The model is not changed.
     """
@@ -176,7 +177,7 @@ def collect(model, tokens: torch.Tensor, block: int) -> dict[str, torch.Tensor]:
         walk.advance(index)
 
     def keep(names, inputs):
-        x = torch.cat([batch.detach() for batch in inputs]).view(*tokens.shape, -1)
+        x = torch.cat([batch.detach().cpu() for batch in inputs]).view(*tokens.shape, -1)
         kept.update(dict.fromkeys(names, x))
 
     walk.visit(block, keep)
