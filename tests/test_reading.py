@@ -1,0 +1,180 @@
+"""For those who run nothing: exported pages, tables beside pictures, links, the glossary."""
+
+import re
+from urllib.parse import unquote
+
+import pytest
+from bs4 import BeautifulSoup
+from nbconvert import HTMLExporter
+
+from tools import notebooks
+
+ROOT = notebooks.ROOT
+GLOSSARY = ROOT / "notebooks" / "glossary.md"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tests" / "mutants.md", GLOSSARY]
+COURSE = pytest.mark.parametrize("path", notebooks.numbered(), ids=lambda path: path.name)
+
+
+# --- notebooks as HTML --------------------------------------------------------------------------
+
+pages = {}
+
+
+def page(path):
+    """A notebook as nbconvert exports it, without running it."""
+    if path not in pages:
+        html, _ = HTMLExporter().from_notebook_node(notebooks.read(path))
+        pages[path] = BeautifulSoup(html, "html.parser").main
+    return pages[path]
+
+
+@COURSE
+def test_words_follow_each_picture(path):
+    """nbconvert 7.17 writes "No description has been provided" into `alt`; ours stand below."""
+    outputs = [
+        output
+        for cell in notebooks.read(path).cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    ]
+    images = page(path).find_all("img")
+    assert outputs
+    assert len(images) == len(outputs)
+    for image, output in zip(images, outputs, strict=True):
+        assert image["src"].startswith("data:image/png;base64,")
+        assert image["alt"].strip()
+        assert image.find_next("p").text == output.metadata["image/png"]["alt"]
+
+
+@COURSE
+def test_nothing_in_the_page_needs_a_kernel(path):
+    for script in page(path).find_all("script"):
+        assert "widget" not in script.get("type", "")
+    shown = page(path).text
+    for leftover in ("Error displaying widget", "Explorer(", "VBox(", "<IPython.core"):
+        assert leftover not in shown
+    assert not page(path).select('[data-mime-type="application/vnd.jupyter.stderr"]')
+
+
+@COURSE
+def test_math_stands_between_dollars(path):
+    """Else MathJax leaves it as it is."""
+    soup = BeautifulSoup(str(page(path)), "html.parser")
+    for code in soup.find_all(["pre", "code"]):
+        code.decompose()
+    words = re.sub(r"\$\$.+?\$\$|\$[^$\n]+\$", "", soup.text, flags=re.DOTALL)
+    assert re.findall(r"\\[a-zA-Z]+.{20}", words) == []
+    assert "$$" not in words
+
+
+@COURSE
+def test_links_of_the_page_lead_somewhere(path):
+    for link in page(path).find_all("a", href=True):
+        name, _, anchor = unquote(link["href"]).partition("#")
+        if re.match(r"[a-z]+:", name):
+            continue
+        file = (path.parent / name).resolve() if name else path
+        assert file.is_file(), link["href"]
+        if anchor and file.suffix == ".ipynb":
+            assert anchor in {unquote(tag["id"]) for tag in page(file).find_all(id=True)}
+
+
+def displayed_panels(notebook):
+    """Names of the explorers that a cell of the notebook ends with."""
+    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    made = re.findall(r"^(\w+) = (?:\w+\.)?explore_\w+\(", "\n".join(sources), re.MULTILINE)
+    return [name for name in made if any(s.splitlines()[-1:] == [name] for s in sources)]
+
+
+@COURSE
+def test_a_picture_and_a_table_stand_for_each_explorer(path):
+    notebook = notebooks.read(path)
+    for name in displayed_panels(notebook):
+        for method, kind in {"snapshots": "image/png", "table": "text/html"}.items():
+            cells = [
+                cell for cell in notebook.cells
+                if cell.cell_type == "code" and f"{name}.{method}(" in cell.source
+            ]  # fmt: skip
+            assert cells, f"{name}: no {method}"
+            for cell in cells:
+                assert kind in cell.outputs[0].data, cell.id
+                assert method != "table" or "<table" in cell.outputs[0].data["text/html"]
+
+
+def test_there_are_explorers_to_ask_for():
+    panels = {
+        path.name[:2]: displayed_panels(notebooks.read(path)) for path in notebooks.numbered()
+    }
+    assert panels["00"] == ["numbers", "panel"]
+    assert panels["06"] == ["columns", "panel"]
+    assert all(panels.values())
+
+
+# --- links between files ------------------------------------------------------------------------
+
+
+def slug(heading):
+    """The anchor that GitHub gives to a heading of a Markdown file."""
+    kept = re.sub(r"[^\w\- ]", "", heading.strip().lower())
+    return kept.replace(" ", "-")
+
+
+def anchors(file):
+    if file.suffix == ".ipynb":
+        return notebooks.anchors(notebooks.read(file))
+    return {slug(heading) for heading in re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)}
+
+
+@pytest.mark.parametrize("file", PAGES, ids=lambda file: file.name)
+def test_links_of_markdown_files_lead_somewhere(file):
+    text = re.sub(r"^```.*?^```", "", file.read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert not re.search(r"!\[\s*\]", text), "a picture without words"
+    for target in re.findall(r"\]\(([^()\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        place = file.parent / name if name else file
+        assert place.exists(), target
+        assert not anchor or anchor in anchors(place), target
+
+
+def test_the_readme_lists_every_notebook_and_the_glossary():
+    text = (ROOT / "README.md").read_text()
+    for path in [*notebooks.numbered(), GLOSSARY]:
+        assert f"](notebooks/{path.name})" in text
+
+
+def test_slugs_are_github_s():
+    assert slug("Windows, macOS, or without make") == "windows-macos-or-without-make"
+    assert slug("LLM.int8() & `Q4_0`") == "llmint8--q4_0"
+
+
+# --- the glossary -------------------------------------------------------------------------------
+
+
+def terms():
+    """Term -> what the glossary says of it."""
+    parts = re.split(r"^## (.*)$", GLOSSARY.read_text(), flags=re.MULTILINE)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def test_glossary_goes_from_a_to_z():
+    headings = re.findall(r"^## (.*)$", GLOSSARY.read_text(), re.MULTILINE)
+    assert len(headings) > 50
+    assert headings == sorted(set(headings), key=str.casefold)
+
+
+@pytest.mark.parametrize("term", terms())
+def test_glossary_leads_to_a_notebook_that_uses_the_term(term):
+    told = terms()[term]
+    links = re.findall(r"\]\(([^()\s]+\.ipynb)#[^()\s]+\)", told)
+    assert links, "no link to a place in a notebook"
+    assert told.count("$") % 2 == 0
+    cells = notebooks.read(GLOSSARY.parent / links[0]).cells
+    text = " ".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    # emphasis, `clip_search` and round-to-nearest are written otherwise, and are the same words
+    text, word = (
+        re.sub(r"[\s_-]+", " ", words.replace("*", "")).casefold()
+        for words in (text, term.removesuffix(" quantization"))
+    )
+    assert word in text, f"{links[0]} does not say {term}"
