@@ -95,15 +95,42 @@ function keepEvents(mount) {
   });
 }
 
-/** A long readout goes into two columns; its room only grows, lest the picture jump. */
-function settleReadout(mount) {
-  const settle = () => {
-    const text = mount.querySelector(".widget-html-content pre");
-    if (!text) return; // the parts of a panel come one by one
-    text.classList.toggle("two", text.textContent.split("\n").length > 5);
-    text.parentElement.style.minHeight = `${text.parentElement.offsetHeight}px`;
-  };
-  new MutationObserver(settle).observe(mount, { childList: true, subtree: true });
+/** The lines of a readout as a table: letters of unequal width need less room. */
+function layOutReadout(pre) {
+  const table = document.createElement("table");
+  for (const line of pre.textContent.split("\n")) {
+    const [, label, value] = line.match(/^( *\S.*?) {2,}(.*)$/) ?? [, line, null];
+    const row = table.insertRow();
+    row.insertCell().textContent = label;
+    if (value === null) row.cells[0].colSpan = 2;
+    else row.insertCell().textContent = value;
+  }
+  pre.parentElement.classList.toggle("long", table.rows.length > 5);
+  pre.replaceWith(table);
+}
+
+/**
+ * Called when a readout is first seen, and when it grows. Its room only grows, lest the picture
+ * jump; where it leaves the picture too little, it goes beside it.
+ */
+function divideRoom([{ target: room }]) {
+  const panel = room.closest(".live");
+  const picture = panel.querySelector(".widget-image");
+  if (picture.clientHeight && picture.clientHeight < 0.8 * picture.naturalHeight) {
+    panel.classList.add("beside");
+  }
+  if (room.offsetHeight) room.style.minHeight = `${room.offsetHeight}px`;
+}
+
+/** Lays readouts out as they come: a panel's parts appear one by one, and each move makes one. */
+function watchReadouts(mount) {
+  const seen = new ResizeObserver(divideRoom);
+  new MutationObserver(() => {
+    for (const pre of mount.querySelectorAll(".widget-html-content > pre")) {
+      seen.observe(pre.parentElement);
+      layOutReadout(pre);
+    }
+  }).observe(mount, { childList: true, subtree: true });
 }
 
 async function goLive({ HTMLManager }) {
@@ -117,7 +144,7 @@ async function goLive({ HTMLManager }) {
     keepEvents(mount);
     const view = await manager.create_view(await manager.get_model(mount.dataset.model));
     mount.replaceChildren();
-    settleReadout(mount);
+    watchReadouts(mount);
     await manager.display_view(view, mount);
     mount.classList.add("live-on");
   }
