@@ -21,17 +21,20 @@ import hashlib
 import inspect
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 
 from tqdm import tqdm
 
-from chapter13 import corpus, evaluate, models, results
+from chapter13 import corpus, download, evaluate, models, results
 from tools import bench_models, peers
-from tools.table_rows import CALIBRATION, MAKERS, MODEL, ROWS, Made
+from tools.table_rows import MAKERS, MODEL, ROWS, Made, calibration_tokens
 
 EVALUATION = (33, 512)  # sequences, length: 16863 tokens are scored
 TOKENS = 16  # timed
@@ -40,6 +43,7 @@ WORK = ROOT / "build" / "table"
 PARTS = ("cost", "quality")
 WEIGHTS = 106_168_320  # of the embedded model's linear layers
 PACKAGE = ROOT / "chapter13"
+LOADING = ("models.py", "corpus.py", "wiki.py")  # what they load is compared itself
 KEY = "table/"
 README = ROOT / "README.md"
 SECTION = ("<!-- table: written by `make results`, do not edit -->\n", "<!-- end of table -->")
@@ -62,10 +66,9 @@ def reference(tokenizer):
 def make(row):
     """The row's model: a `Made` without gaps but for its sizes."""
     model, tokenizer = models.load(MODEL, device="cpu")
-    options = {name: value for name, value in row.options.items()}
     bench_models.reset_peak()
     start = time.perf_counter()
-    made: Made = MAKERS[row.made](model, tokenizer, **options)
+    made: Made = MAKERS[row.made](model, tokenizer, **row.options)
     if made.seconds is None:
         made.seconds = time.perf_counter() - start
         made.peak_mb = bench_models.peak() / 1e6
@@ -76,31 +79,19 @@ def make(row):
     return made, tokenizer
 
 
-def measure(row, parts):
-    """{part: what was measured} of one row."""
-    # Notes which code runs; 0.3% of the time of GPTQ, whose loop calls the most.
+def measure(row, part):
+    """What is measured of one row: its cost or its quality, and which code did it."""
+    # 0.3% of the time of GPTQ, whose loop calls the most functions.
     profile = cProfile.Profile(builtins=False)
     made, tokenizer = profile.runcall(make, row)
-    measured = {}
-    if "cost" in parts:
-        cost = {
-            "bits_per_weight": round(made.bits_per_weight, 4),
-            "size_mb": round(made.size_mb, 1),
-            "quantize_s": round(made.seconds, 2),
-            "quantize_peak_mb": round(made.peak_mb),
-            "tokens_per_s": None,
-            "run_peak_mb": None,
-        }
-        if made.runs:
-            bench_models.reset_peak()
-            milliseconds = bench_models.ms_per_token(made.model, TOKENS)
-            cost["tokens_per_s"] = round(1e3 / milliseconds, 1)
-            cost["run_peak_mb"] = round(bench_models.peak() / 1e6)
-        measured["cost"] = cost
-    if "quality" in parts:
+    if part == "cost":
+        measured = cost(made)
+    else:
         tokens, path = reference(tokenizer)
-        scores = profile.runcall(evaluate.perplexity_and_kl, made.model, path, tokens)
-        measured["quality"] = {
+        scores = profile.runcall(
+            evaluate.perplexity_and_kl, made.model, path, tokens, progress=False
+        )
+        measured = {
             name: {
                 "value": round(score.value, 5),
                 "interval": [round(end, 5) for end in score.interval],
@@ -108,9 +99,22 @@ def measure(row, parts):
             }
             for name, score in zip(("perplexity", "kl"), scores, strict=True)
         }
-    for part in measured.values():
-        part["peer"] = made.versions
-        part["files"] = files_of(profile)
+    return measured | {"peer": made.versions, "files": files_of(profile)}
+
+
+def cost(made):
+    measured = {
+        "bits_per_weight": round(made.bits_per_weight, 4),
+        "size_mb": round(made.size_mb, 1),
+        "quantize_s": round(made.seconds, 2),
+        "quantize_peak_mb": round(made.peak_mb),
+        "tokens_per_s": None,
+        "run_peak_mb": None,
+    }
+    if made.runs:
+        bench_models.reset_peak()
+        measured["tokens_per_s"] = round(1e3 / bench_models.ms_per_token(made.model, TOKENS), 1)
+        measured["run_peak_mb"] = round(bench_models.peak() / 1e6)
     return measured
 
 
@@ -120,7 +124,8 @@ def measure(row, parts):
 def files_of(profile):
     """The files of the package whose functions were called."""
     called = {Path(entry.code.co_filename) for entry in profile.getstats()}
-    return sorted(path.relative_to(ROOT).as_posix() for path in called if PACKAGE in path.parents)
+    ours = [path for path in called if PACKAGE in path.parents and path.name not in LOADING]
+    return sorted(path.relative_to(ROOT).as_posix() for path in ours)
 
 
 def code(path):
@@ -131,6 +136,17 @@ def code(path):
         if isinstance(body, list) and body and ast.get_docstring_node(node) is body[0]:
             node.body = body[1:]
     return ast.dump(tree)
+
+
+@cache
+def inputs():
+    """Of the model's files and of all tokens: a digest."""
+    tokenizer = models.load(MODEL, device="cpu")[1]
+    texts = (calibration_tokens(tokenizer), corpus.evaluation_tokens(tokenizer, *EVALUATION))
+    digest = hashlib.sha256((download.require(MODEL) / "manifest.json").read_bytes())
+    for tokens in texts:
+        digest.update(tokens.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def fingerprint(row, part, files):
@@ -146,7 +162,8 @@ def fingerprint(row, part, files):
         inspect.getsource(MAKERS[row.made]),
         sources,
         [results.version_of(name) for name in packages],
-        [MODEL, CALIBRATION, EVALUATION if part == "quality" else TOKENS],
+        inputs(),
+        TOKENS if part == "cost" else "",
     ]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
@@ -173,46 +190,55 @@ def store(row, measured):
 
 
 def measure_all(rows, parts, again):
-    """Measures what does not stand, row by row; returns the names of those that failed."""
+    """Measures what does not stand; returns the names of the rows that failed, or were left out."""
     records = results.load()
-    for key in [key for key in records if key.startswith(KEY)]:
-        if key.removeprefix(KEY) not in {row.name for row in ROWS}:
+    names = {row.name for row in ROWS}
+    for key in records:
+        if key.startswith(KEY) and key.removeprefix(KEY) not in names:
             results.forget(key)
-    todo = {}
-    for row in rows:
-        missing = [part for part in parts if again or not stands(records, row, part)]
-        if missing:
-            todo[row] = missing
-    print(f"{results.machine()}: {len(rows) - len(todo)} of {len(rows)} rows stand")
-    failed = []
-    with tqdm(todo.items(), unit="row") as bar:
-        for row, missing in bar:
-            bar.set_description(row.name)
-            if row.made == "peer":
-                try:
-                    peers.python(row.options["library"])
-                except peers.NoPeer as error:
-                    bar.write(f"{row.name} is left out: {error}")
-                    failed.append(row.name)
-                    continue
-            command = [sys.executable, "-m", "tools.table", "--measure", row.name, *missing]
-            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-            if done.returncode:
-                failed.append(row.name)
-                continue
-            store(row, json.loads(done.stdout.splitlines()[-1]))
-            bar.write(line(row.name, results.load()[KEY + row.name]))
-    return failed
+    failed = set()
+    for part in parts:
+        todo = [row for row in rows if again or not stands(records, row, part)]
+        print(f"{part}: {len(rows) - len(todo)} of {len(rows)} rows stand")
+        # Times are taken one by one. Predictions come sooner from several processes with a thread
+        # each than from one whose threads wait for each other.
+        jobs = (os.cpu_count() or 1) if part == "quality" else 1
+        if todo and part == "quality":
+            reference(models.load(MODEL, device="cpu")[1])
+        with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), desc=part, unit="row") as bar:
+            for row, done in zip(todo, pool.map(partial(run, part, jobs > 1), todo), strict=True):
+                bar.update()
+                if isinstance(done, str):
+                    bar.write(f"{row.name} was not measured: {done}")
+                    failed.add(row.name)
+                else:
+                    store(row, {part: done})
+                    bar.write(line(row.name, part, done))
+    return sorted(failed)
 
 
-def line(name, record):
-    text = f"{name:40}"
-    if cost := record.get("cost"):
-        text += f"{cost['bits_per_weight']:7.3f} bits {cost['size_mb']:7.1f} MB"
-    if quality := record.get("quality"):
-        text += f"   perplexity {quality['perplexity']['value']:9.2f}"
-        text += f"   KL {quality['kl']['value']:.4f}"
-    return text
+def run(part, one_thread, row):
+    """One part of a row in a process of its own: what was measured, or why not, in words."""
+    if row.made == "peer":
+        try:
+            peers.python(row.options["library"])
+        except peers.NoPeer as error:
+            return str(error)
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if one_thread else {})
+    command = [sys.executable, "-m", "tools.table", "--measure", row.name, part]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        return done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def line(name, part, measured):
+    if part == "cost":
+        speed = measured["tokens_per_s"]
+        text = f"{measured['bits_per_weight']:8.3f} bits {measured['size_mb']:8.1f} MB"
+        return f"{name:38}{text}" + (f" {speed:8.1f} tokens/s" if speed else "")
+    perplexity, kl = (measured[key]["value"] for key in ("perplexity", "kl"))
+    return f"{name:38}perplexity {perplexity:9.2f}   KL {kl:.4f}"
 
 
 # --- the README ------------------------------------------------------------------------------
@@ -296,16 +322,16 @@ def main():
     parser.add_argument("rows", nargs="*", help="names of rows; all if not given")
     parser.add_argument("--only", choices=PARTS, help="one part of each row")
     parser.add_argument("--again", action="store_true", help="measure what stands, too")
-    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     by_name = {row.name: row for row in ROWS}
     if arguments.measure:
-        name, *parts = arguments.measure
+        name, part = arguments.measure
         models.silence_torchao()
         for logger in bench_models.BITSANDBYTES_NOISE:
             logging.getLogger(logger).setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
-        print(json.dumps(measure(by_name[name], parts)))
+        print(json.dumps(measure(by_name[name], part)))
         return
     unknown = [name for name in arguments.rows if name not in by_name]
     if unknown:

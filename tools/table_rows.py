@@ -5,7 +5,6 @@ one with other options; a new row is one line in ROWS. tools/table.py does the r
 """
 
 import tempfile
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
