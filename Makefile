@@ -13,7 +13,7 @@ NOTEBOOKS := $(wildcard notebooks/[0-9][0-9]_*.ipynb)
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=600 --nbval-sanitize-with=tests/nbval_sanitize.cfg
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test data rerun reset lint mutants bench bench-large peers bench-peers llama fuzz pictures slides pins clean
+.PHONY: help setup lab test data rerun reset lint mutants bench bench-large peers bench-peers llama fuzz pictures slides slides-pdf pins clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -119,6 +119,9 @@ pictures: data ## take the README's pictures afresh from a running JupyterLab
 
 slides: setup ## a deck of slides from each notebook, in build/slides/ (needs npm, once)
 	@$(BIN)/python -m tools.slides.build
+
+slides-pdf: setup ## the decks of slides as PDF files too (needs Chromium or Chrome)
+	@$(BIN)/python -m tools.slides.pdf
 
 pins: setup ## write constraints.txt afresh: the newest versions that install together
 	$(BIN)/python tools/pins.py write

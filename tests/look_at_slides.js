@@ -5,7 +5,7 @@ async () => {
   const SMALLEST = 18;
   const FOOT = 690; // below it stand the slide's number and the arrows
   const complaints = [];
-  const facts = { complaints, code: [], alts: [], notes: [], formulas: 0, slides: 0 };
+  const facts = { complaints, code: [], alts: [], pictures: [], notes: [], formulas: 0, slides: 0 };
 
   const visible = (element) => {
     for (let each = element; each; each = each.parentElement) {
@@ -71,6 +71,7 @@ async () => {
     const complain = (what) => complaints.push(`${where}: ${what}`);
     const letters = lookAtText(slide, complain);
     const pictures = lookAtPictures(slide, complain);
+    facts.pictures.push(pictures);
     lookAtElements(slide, complain);
     if (!letters && !pictures) complain("nothing below the heading");
     facts.code.push(...[...slide.querySelectorAll(".jp-InputArea-editor pre")].map((pre) => pre.innerText.trim()));

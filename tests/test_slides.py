@@ -16,11 +16,14 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+from pypdfium2 import PdfDocument
+from pypdfium2.raw import FPDF_PAGEOBJ_IMAGE
 
 from chapter13.plots import Picture
 from tools.browser import NoBrowser, launch
 from tools.notebooks import numbered
 from tools.slides import build
+from tools.slides.pdf import print_pdf
 
 pytestmark = pytest.mark.browser
 
@@ -97,6 +100,12 @@ def look(browser, url):
         page.close()
 
 
+@pytest.fixture(scope="module")
+def seen(browser, address):
+    """name of a deck -> what `look` says about it; each deck is looked at once."""
+    return functools.cache(lambda name: look(browser, f"{address}/{name}.html"))
+
+
 def shown(notebook):
     """The cells that a deck shows."""
     hidden = {"skip", "notes"}
@@ -117,9 +126,24 @@ def words(text):
     return set(re.findall(r"[A-Za-z]{4,}", re.sub(r"\$[^$]*\$|\]\([^)]*\)", "", text)))
 
 
-@pytest.mark.parametrize("path", numbered(), ids=lambda path: path.stem)
-def test_every_slide_fits_and_can_be_read(path, browser, folder, address):
-    complaints, facts = look(browser, f"{address}/{path.stem}.html")
+def pictures_on(page):
+    """Each picture as it is seen on a page of a PDF: gray pixels."""
+    paper = page.render(scale=1, grayscale=True).to_numpy().astype(float)
+    for image in page.get_objects(filter=[FPDF_PAGEOBJ_IMAGE]):
+        left, bottom, right, top = map(round, image.get_bounds())
+        yield paper[540 - top : 540 - bottom, left:right]
+
+
+def blank(picture):
+    return np.ptp(picture) == 0  # gray levels
+
+
+every_deck = pytest.mark.parametrize("path", numbered(), ids=lambda path: path.stem)
+
+
+@every_deck
+def test_every_slide_fits_and_can_be_read(path, seen):
+    complaints, facts = seen(path.stem)
     assert not complaints
     notebook = nbformat.read(path, as_version=4)
     code = [cell.source.strip() for cell in shown(notebook) if cell.cell_type == "code"]
@@ -132,6 +156,16 @@ def test_every_slide_fits_and_can_be_read(path, browser, folder, address):
         if cell.metadata.slideshow.slide_type == "notes":
             assert any(words(cell.source) <= words(said) for said in facts["notes"])
     assert facts["formulas"] or "$$" not in "".join(cell.source for cell in shown(notebook))
+
+
+@every_deck
+def test_the_pdf_has_a_page_for_each_slide_and_no_blank_pictures(path, browser, folder, seen):
+    _, facts = seen(path.stem)
+    with PdfDocument(print_pdf(browser, folder / f"{path.stem}.html")) as pdf:
+        assert {page.get_size() for page in pdf} == {(960, 540)}  # points: 1280 x 720 px
+        pages = [list(pictures_on(page)) for page in pdf]
+    assert [len(page) for page in pages] == facts["pictures"]
+    assert not [picture for page in pages for picture in page if blank(picture)]
 
 
 def test_a_deck_opens_as_a_file(browser, folder):

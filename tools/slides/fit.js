@@ -8,7 +8,7 @@
 
 const PAGE = { width: 1216, height: 660 }; // inside of a slide; the numbers are those of slides.css
 const SIZES = { "": { gap: 14, cost: 0 }, tight: { gap: 10, cost: 140 } };
-const CODE_SIZES = [22, 20, 18]; // px; the largest that needs no wrapping
+const SIZES_OF_CODE = [22, 20, 18]; // px, and of prints and tables
 
 /** Replaces each slide in `root` by one or more that fit. `root` has to be laid out, unscaled. */
 function fitSlides(root) {
@@ -99,22 +99,28 @@ function measure(block) {
     const natural = Math.min(image.naturalHeight, PAGE.height - 70); // 70: the heading, again
     return { ...block, least: natural, most: Math.max(natural, Math.min(PAGE.width * ratio, PAGE.height)) };
   }
-  const pre = node.querySelector("pre") ?? (node.matches("pre") ? node : null);
-  let size = null;
-  if (pre) {
-    const sizes = node.closest(".tight") ? CODE_SIZES.slice(-1) : CODE_SIZES;
-    size = sizes.find((each) => {
-      node.style.setProperty("--code-size", `${each}px`);
-      return pre.scrollWidth <= pre.clientWidth;
-    });
-    if (!size) {
-      node.classList.add("wrap");
-      size = sizes.at(-2) ?? sizes.at(-1);
-      node.style.setProperty("--code-size", `${size}px`);
-    }
-  }
+  const fixed = node.matches("pre, table") ? node : node.querySelector("pre, table");
+  const size = fixed && fitLetters(node, fixed);
   const height = node.getBoundingClientRect().height;
   return { ...block, size, wrap: node.matches(".wrap"), least: height, most: height };
+}
+
+/** Sets the largest letters at which no line has to be wrapped and no table is too high. */
+function fitLetters(node, fixed) {
+  const sizes = node.closest(".tight") ? SIZES_OF_CODE.slice(-1) : SIZES_OF_CODE;
+  const table = fixed.matches("table");
+  const set = (size) => node.style.setProperty("--code-size", `${size}px`);
+  const fits = (size) => {
+    set(size);
+    return table ? fixed.offsetHeight < 0.7 * PAGE.height : fixed.scrollWidth <= fixed.clientWidth;
+  };
+  let size = sizes.find(fits);
+  if (!size) {
+    size = table ? sizes.at(-1) : (sizes.at(-2) ?? sizes.at(-1));
+    node.classList.toggle("wrap", !table);
+    set(size);
+  }
+  return size;
 }
 
 /** The cheapest way to break the blocks into pages; found from the last block backwards. */
