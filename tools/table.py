@@ -132,10 +132,16 @@ def code(path):
     """What a Python file does: its syntax tree, without comments, docstrings and layout."""
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and ast.get_docstring_node(node) is body[0]:
-            node.body = body[1:]
+        if isinstance(getattr(node, "body", None), list):
+            node.body = [statement for statement in node.body if not _is_text(statement)]
     return ast.dump(tree)
+
+
+def _is_text(statement):
+    """Whether a statement is but a string: a docstring, of whatever."""
+    value = getattr(statement, "value", None)
+    text = isinstance(value, ast.Constant) and isinstance(value.value, str)
+    return isinstance(statement, ast.Expr) and text
 
 
 @cache
