@@ -13,7 +13,7 @@ NOTEBOOKS := $(wildcard notebooks/[0-9][0-9]_*.ipynb)
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=600 --nbval-sanitize-with=tests/nbval_sanitize.cfg
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test data rerun reset lint mutants bench bench-large peers bench-peers llama fuzz pictures slides slides-pdf pins clean
+.PHONY: help setup lab test data rerun reset lint mutants results bench bench-large peers bench-peers llama fuzz pictures slides slides-pdf pins clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ rerun: data ## execute all notebooks afresh and store their outputs, normalized
 
 reset: setup ## the notebooks as they came; yours are kept beside them as my_*.ipynb
 	@$(BIN)/python tools/notebooks.py reset
+
+results: data ## measure every row of the summary table that is missing or out of date (long)
+	$(BIN)/python -m tools.table
 
 bench: data ## measure speed side by side with the reference libraries
 	$(BIN)/python tools/bench.py

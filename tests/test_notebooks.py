@@ -28,6 +28,7 @@ COURSE = [
     "05_bitsandbytes.ipynb",
     "06_gptq.ipynb",
     "07_distributions.ipynb",
+    "08_summary.ipynb",
     "09_awq.ipynb",
     "10_gguf.ipynb",
 ]
@@ -48,7 +49,6 @@ REVIEWED = {
     ("09_awq.ipynb", "whole-awq"): SEARCH,
     ("09_awq.ipynb", "whole-gptq"): SEARCH,
     ("09_awq.ipynb", "whole-picture"): SEARCH,
-    ("06_gptq.ipynb", "library-table"): "shows what `make bench-peers` recorded last, anywhere",
     ("05_bitsandbytes.ipynb", "speed-table"): "shows what `make bench` recorded last, anywhere",
     ("10_gguf.ipynb", "llama-code"): "shows what `make llama` recorded last, anywhere",
 }

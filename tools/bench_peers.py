@@ -33,6 +33,7 @@ from tools import bench_models, peers
 CALIBRATION = (16, 256)  # sequences, length
 EVALUATION = (12, 512)
 BITS, GROUP_SIZE = 4, 64
+ORDERS = 6  # of the calibration sequences: what ties alone, falling otherwise, do to our KL
 SAME_OPTIONS = ("--act-order", "--static-groups")  # asymmetric, damping .01
 
 OURS = {
@@ -118,13 +119,15 @@ def measure(folder, tokenizer, work):
         summary, model, used = quantize(name, folder, tokens, work / name)
         if name in PEERS:
             versions[PEERS[name][0]] = used
-        scores[name] = evaluate.kl_divergence(model, reference, text, progress=False)
+        perplexity, scores[name] = evaluate.perplexity_and_kl(
+            model, reference, text, progress=False
+        )
         low, high = scores[name].interval
         methods[name] = {
             "seconds": round(summary["seconds"], 1),
             "peak_mb": round(summary["peak_mb"]),
             "bits_per_weight": bits_per_weight(model),
-            "perplexity": round(evaluate.perplexity(model, text, progress=False).value, 3),
+            "perplexity": round(perplexity.value, 3),
             "kl": round(scores[name].value, 5),
             "kl_interval": [round(low, 5), round(high, 5)],
         }
@@ -135,7 +138,18 @@ def measure(folder, tokenizer, work):
             low, high = apart.interval
             methods[name]["kl_less_baseline"] = round(apart.value, 5)
             methods[name]["kl_less_baseline_interval"] = [round(low, 5), round(high, 5)]
+    orders = [methods["chapter13"]["kl"]]
+    calibration = load_file(tokens)["tokens"]
+    for seed in range(1, ORDERS):
+        shuffled = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(seed))
+        model, _ = models.load(str(folder), device="cpu")
+        options = {"bits": BITS, "group_size": GROUP_SIZE, "progress": False}
+        quantize_model(model, "gptq", calibration=calibration[shuffled], **options)
+        score = evaluate.kl_divergence(model, reference, text, progress=False)
+        orders.append(round(score.value, 5))
+        print(f"chapter13, the calibration text in another order: KL {orders[-1]:.4f}", flush=True)
     return {
+        "orders": orders,
         "calibration": list(CALIBRATION),
         "evaluation": list(EVALUATION),
         "perplexity": round(plain.value, 3),
@@ -167,6 +181,12 @@ def comparison(record):
                 f"{name}: KL {row['kl'] / base['kl']:.3f} of {BASELINE}'s, "
                 f"{row['kl_less_baseline']:+.4f} (95%: {low:+.4f} to {high:+.4f})"
             )
+    low, high = min(record["orders"]), max(record["orders"])
+    mean = sum(record["orders"]) / len(record["orders"])
+    lines.append(
+        f"our KL in {len(record['orders'])} orders of the calibration text: {low:.4f} to "
+        f"{high:.4f}, mean {mean:.4f}, {mean / base['kl']:.3f} of {BASELINE}'s"
+    )
     for name in ("round-to-nearest", NF4):
         lines.append(f"our KL is {ours['kl'] / methods[name]['kl']:.3f} of that of {name}")
     return lines

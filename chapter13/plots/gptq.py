@@ -9,7 +9,7 @@ from chapter13.plots.live import LiveFigure
 from chapter13.plots.picture import COLORS, Picture, new_figure, style
 
 NEAREST, LEARNED = COLORS["original"], COLORS["int8"]  # round-to-nearest, and what learns
-PATCHES = 40  # rows and columns of a Hessian's picture, at most
+PATCHES = 32  # rows and columns of a Hessian's picture, at most
 HESSIAN_MAP = colormaps["cividis"].resampled(12)  # few steps keep the stored pictures small
 
 
