@@ -62,7 +62,8 @@ def test_a_row_stands_until_what_it_depends_on_changes(known_inputs, monkeypatch
 
     def recorded(row=ROW):
         mark = table.fingerprint(row, "cost", FILES)
-        return {table.KEY + row.name: {"cost": {"files": FILES, "fingerprint": mark}}}
+        cost = {"files": FILES, "fingerprint": mark}
+        return {table.KEY + row.name: {"cost": cost, "family": row.family}}
 
     records = recorded()
     assert table.stands(records, ROW, "cost")

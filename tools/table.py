@@ -26,8 +26,8 @@ import subprocess
 import sys
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import cache
 from pathlib import Path
 
 from tqdm import tqdm
@@ -176,8 +176,11 @@ def fingerprint(row, part, files):
 
 def stands(records, row, part):
     """Whether what is recorded of this part of a row is what a new measurement would measure."""
-    there = records.get(KEY + row.name, {}).get(part)
-    return there is not None and there["fingerprint"] == fingerprint(row, part, there["files"])
+    record = records.get(KEY + row.name, {})
+    there = record.get(part)
+    if there is None or record["family"] != row.family:
+        return False
+    return there["fingerprint"] == fingerprint(row, part, there["files"])
 
 
 def store(row, measured):
@@ -212,14 +215,20 @@ def measure_all(rows, parts, again):
         if todo and part == "quality":
             reference(models.load(MODEL, device="cpu")[1])
         with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), desc=part, unit="row") as bar:
-            for row, done in zip(todo, pool.map(partial(run, part, jobs > 1), todo), strict=True):
-                bar.update()
-                if isinstance(done, str):
-                    bar.write(f"{row.name} was not measured: {done}")
-                    failed.add(row.name)
-                else:
-                    store(row, {part: done})
-                    bar.write(line(row.name, part, done))
+            rows_of = {pool.submit(run, part, jobs > 1, row): row for row in todo}
+            try:
+                for future in as_completed(rows_of):
+                    row, done = rows_of[future], future.result()
+                    bar.update()
+                    if isinstance(done, str):
+                        bar.write(f"{row.name} was not measured: {done}")
+                        failed.add(row.name)
+                    else:
+                        store(row, {part: done})
+                        bar.write(line(row.name, part, done))
+            except BaseException:  # KeyboardInterrupt too: begin no other row
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     return sorted(failed)
 
 
