@@ -13,7 +13,7 @@ NOTEBOOKS := $(wildcard notebooks/[0-9][0-9]_*.ipynb)
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=600 --nbval-sanitize-with=tests/nbval_sanitize.cfg
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test data rerun reset lint mutants results bench bench-large peers bench-peers llama fuzz pictures slides slides-pdf pins clean
+.PHONY: help setup lab test data rerun reset lint mutants results bench bench-large peers bench-peers llama fuzz pictures slides slides-pdf present pins clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -125,6 +125,9 @@ slides: setup ## a deck of slides from each notebook, in build/slides/ (needs np
 
 slides-pdf: setup ## the decks of slides as PDF files too (needs Chromium or Chrome)
 	@$(BIN)/python -m tools.slides.pdf
+
+present: data ## a notebook as slides whose sliders work: make present NOTEBOOK=02 (needs npm, once)
+	@$(BIN)/python -m tools.present "$(NOTEBOOK)"
 
 pins: setup ## write constraints.txt afresh: the newest versions that install together
 	$(BIN)/python tools/pins.py write
