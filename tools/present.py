@@ -39,7 +39,7 @@ from nbclient.exceptions import DeadKernelError
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 from tornado.web import Application, HTTPError, StaticFileHandler
-from tornado.websocket import WebSocketHandler
+from tornado.websocket import WebSocketClosedError, WebSocketHandler
 from tqdm import tqdm
 
 from tools.notebooks import ROOT, WIDGET_VIEW, normalize, numbered, read
@@ -200,21 +200,19 @@ class Talk:
         self.client.kc.shell_channel.send(ours)
 
     async def listen(self):
-        """Pass what the kernel says on to every page; ends when the kernel does."""
+        """Pass what the kernel says on to every page. Raises DeadKernelError when it ends."""
         while True:
             try:
                 message = await self.client.kc.get_iopub_msg(timeout=2)
             except Empty:
                 if await self.client.km.is_alive():
                     continue
-                print("The kernel has ended. Start again.", file=sys.stderr)
-                break
+                raise DeadKernelError("the kernel has ended; start again") from None
             if message["msg_type"] == "error":
                 print(*message["content"]["traceback"], sep="\n", file=sys.stderr)
             for page in self.pages:
-                page.write_message(as_json(message))
-        for page in self.pages:
-            page.close()
+                with suppress(WebSocketClosedError):
+                    page.write_message(as_json(message))
 
 
 class Guarded:
@@ -267,6 +265,7 @@ async def present(path):
             kernel_name="python3",
             allow_errors=True,
             timeout=None,
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # not that TCP is not encrypted
             record_timing=False,
             store_widget_state=False,
         )
@@ -282,6 +281,7 @@ async def present(path):
                 await talk.listen()
             finally:
                 server.stop()
+                await server.close_all_connections()
 
 
 def stop_on_signals(task):

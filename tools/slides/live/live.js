@@ -130,6 +130,7 @@ function watchReadouts(mount) {
       seen.observe(pre.parentElement);
       layOutReadout(pre);
     }
+    for (const picture of mount.querySelectorAll(".widget-image")) picture.alt = picture.title;
   }).observe(mount, { childList: true, subtree: true });
 }
 
