@@ -79,6 +79,18 @@ def test_only_reviewed_cells_escape_nbval():
     assert weakened == set(REVIEWED)
 
 
+def test_the_last_cell_leads_on():
+    first, second, *_, last = notebooks.numbered()
+    assert "Before" not in notebooks.navigation(first)
+    assert f"Next: [{notebooks.title(second)}]({second.name})" in notebooks.navigation(first)
+    assert f"Before: [{notebooks.title(first)}]({first.name})" in notebooks.navigation(second)
+    assert "Next" not in notebooks.navigation(last)
+    lost = notebooks.read(first)
+    lost.cells[-1].source = "The end."
+    (found,) = notebooks.navigation_problems(lost, first)
+    assert found == f"the last cell should be: {notebooks.navigation(first)}"
+
+
 # --- the checks themselves, on a notebook made here ------------------------------------------
 
 
