@@ -5,7 +5,7 @@ async () => {
   const SMALLEST = 18;
   const FOOT = 690; // below it stand the slide's number and the arrows
   const complaints = [];
-  const facts = { complaints, code: [], alts: [], pictures: [], notes: [], formulas: 0, slides: 0 };
+  const facts = { complaints, code: [], alts: [], pictures: [], notes: [], words: [], formulas: 0, slides: 0 };
 
   const visible = (element) => {
     for (let each = element; each; each = each.parentElement) {
@@ -45,6 +45,7 @@ async () => {
       if (!image.complete || !image.naturalWidth || image.width < 50) complain(`missing picture: ${image.alt}`);
       if (!image.alt.trim()) complain("a picture without alt");
       lookAtBox(image.getBoundingClientRect(), image.alt, complain, FOOT);
+      if (image.width < image.getAttribute("width") - 1) complain(`smaller than drawn: ${image.alt}`);
       facts.alts.push(image.alt.trim());
     }
     return images.length;
@@ -67,7 +68,9 @@ async () => {
     const { h, v } = Reveal.getIndices(slide);
     Reveal.slide(h, v, 99);
     facts.slides += 1;
-    const where = `slide ${facts.slides}, ${slide.querySelector("h1, h2, h3, h4")?.textContent}`;
+    const heading = slide.querySelector("h1, h2, h3, h4")?.textContent ?? "no heading";
+    const where = `slide ${facts.slides}, ${heading}`;
+    facts.words.push(slide.querySelector(".page").innerText.replace(/\s+/g, " "));
     const complain = (what) => complaints.push(`${where}: ${what}`);
     const letters = lookAtText(slide, complain);
     const pictures = lookAtPictures(slide, complain);

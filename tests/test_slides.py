@@ -200,8 +200,12 @@ def cell(source, kind="markdown", role="subslide", **fields):
     return new(source, metadata={"slideshow": {"slide_type": role}}, **fields)
 
 
-def output(data, **metadata):
-    return nbformat.v4.new_output("display_data", data, metadata=metadata)
+def picture(height, **metadata):
+    """A cell with a black picture, 1000 pixels wide."""
+    png = Picture(np.zeros((height, 1000, 3), np.uint8), "black").png
+    data = {"image/png": base64.b64encode(png).decode()}
+    output = nbformat.v4.new_output("display_data", data, metadata={"image/png": metadata})
+    return cell("plot()", "code", outputs=[output])
 
 
 LONG = "All of this is one paragraph, which cannot be broken. " * 120
@@ -212,12 +216,9 @@ FAULTS = {
     "sticks out at the side": [cell(f"## Wide\n\n{WIDE}")],
     "has to be scrolled": [cell(f"## Inner\n\n{INNER}")],
     "px letters": [cell("## Small\n\n<p style='font-size: 17px'>small</p>")],
-    "without alt": [cell("plot()", "code", outputs=[output({"image/png": PIXEL})])],
-    "missing picture": [
-        cell(
-            "plot()", "code", outputs=[output({"image/png": "AAAA"}, **{"image/png": {"alt": "x"}})]
-        )
-    ],
+    "without alt": [picture(300, width=1000)],
+    "smaller than drawn": [picture(900, width=1000, alt="black")],
+    "missing picture": [cell("## Gone\n\n<img src='gone.png' alt='x'>")],
     "math not typeset": [cell("## Math\n\nAn amount: $\\frac{1}{2}")],
     "math with an error": [cell("## Math\n\n$\\frac{1}$")],
     "nothing below the heading": [cell("## Nothing")],
@@ -226,12 +227,42 @@ FAULTS = {
 }
 
 
+@pytest.fixture
+def look_at(browser, folder, address, tmp_path):
+    """A function that looks at a deck of these cells."""
+
+    def look_at(cells):
+        opening = cell("# 99. A notebook\n\nYou can see it in a minute.", role="slide")
+        path = tmp_path / "99_test.ipynb"
+        path.write_text(json.dumps(nbformat.v4.new_notebook(cells=[opening, *cells])), "utf-8")
+        build.write(folder / "99_test.html", build.deck(path)[1])
+        return look(browser, f"{address}/99_test.html")
+
+    return look_at
+
+
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_bad_slide_is_found(fault, browser, folder, address, tmp_path):
-    opening = cell("# 99. A bad notebook\n\nYou can see it in a minute.", role="slide")
-    notebook = nbformat.v4.new_notebook(cells=[opening, *FAULTS[fault]])
-    path = tmp_path / "99_bad.ipynb"
-    path.write_text(json.dumps(notebook), encoding="utf-8")
-    build.write(folder / "99_bad.html", build.deck(path)[1])
-    complaints, _ = look(browser, f"{address}/99_bad.html")
+def test_a_bad_slide_is_found(fault, look_at):
+    complaints, _ = look_at(FAULTS[fault])
     assert [complaint for complaint in complaints if fault in complaint], complaints
+
+
+def test_what_is_long_goes_on_on_the_next_slide(look_at):
+    text = [f"Paragraph {n} of forty, and some more words to make it longer." for n in range(40)]
+    items = "\n".join(f"- item {n}" for n in range(40))
+    lines = "\n".join(f"line {n}" for n in range(60))
+    prints = [nbformat.v4.new_output("stream", name="stdout", text=lines)]
+    complaints, facts = look_at(
+        [
+            cell("## Text\n\n" + "\n\n".join(text)),
+            cell("## Items\n\n" + items),
+            cell("## Prints"),
+            cell("print()", "code", role="-", outputs=prints),
+        ]
+    )
+    assert not complaints
+    told = [f"Paragraph {n} of" for n in range(40)]
+    told += [f"item {n} " for n in range(40)] + [f"line {n} " for n in range(60)]
+    for words in told:  # each once, none lost
+        assert sum((shown + " ").count(words) for shown in facts["words"]) == 1
+    assert all(shown.startswith(("Quant", "Text", "Items", "Prints")) for shown in facts["words"])

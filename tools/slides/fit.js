@@ -8,6 +8,7 @@
 
 const PAGE = { width: 1216, height: 660 }; // inside of a slide; the numbers are those of slides.css
 const SIZES = { "": { gap: 14, cost: 0 }, tight: { gap: 10, cost: 140 } };
+const MOST_LINES = 20; // of a print; longer ones are cut
 const SIZES_OF_CODE = [22, 20, 18]; // px, and of prints and tables
 
 /** Replaces each slide in `root` by one or more that fit. `root` has to be laid out, unscaled. */
@@ -44,12 +45,26 @@ function takeApart(slide) {
   return { blocks, notes };
 }
 
-/** The nodes of a cell that stay whole; a list falls into lists of one item each. */
+/** The nodes of a cell that stay whole; lists fall into single items, long prints into pieces. */
 function parts(cell) {
   const found = cell.querySelectorAll(
     ":scope .jp-MarkdownOutput > *, :scope .jp-InputArea-editor, :scope .jp-OutputArea-output",
   );
-  return [...found].flatMap((node) => (node.matches("ul, ol") ? items(node) : [node]));
+  return [...found].flatMap((node) => {
+    if (node.matches("ul, ol")) return items(node);
+    return node.matches(".jp-RenderedText") ? pieces(node) : [node];
+  });
+}
+
+function pieces(print) {
+  const lines = print.textContent.trimEnd().split("\n");
+  if (lines.length <= MOST_LINES) return [print];
+  const starts = [...lines.keys()].filter((index) => index % MOST_LINES === 0);
+  return starts.map((start) => {
+    const piece = print.cloneNode(true);
+    piece.querySelector("pre").textContent = lines.slice(start, start + MOST_LINES).join("\n");
+    return piece;
+  });
 }
 
 function items(list) {
