@@ -27,6 +27,7 @@ from chapter13.codebook import CODE_BOOKS
 from chapter13.layers import linear_layers, weight_of
 from chapter13.quantize import LEARNED, ROUNDING, check_groups, quantize_model, report
 
+DEVICE = "cpu, cuda, ...; default: CHAPTER13_DEVICE if it is set, else the GPU if there is one"
 OWN = "quantized.safetensors"  # in a folder with NF4 or FP4
 OPTIONS = {  # which option belongs to which methods
     "double_quant": tuple(CODE_BOOKS),
@@ -305,7 +306,7 @@ def _parser() -> argparse.ArgumentParser:
         "GPTQModel and transformers read: gptq for symmetric grids, gptq_v2 for others. AutoGPTQ "
         "reads gptq alone",
     )
-    add("--device", type=_device, help="cpu, cuda, ...; default: the GPU if there is one")
+    add("--device", type=_device, help=DEVICE)
     learning = quantize.add_argument_group("methods that learn from text")
     add = learning.add_argument
     add("--calibration-sequences", type=_positive, metavar="N", help="default: 16")
@@ -352,7 +353,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--reference", metavar="MODEL", help="the model before it was quantized")
     add("--sequences", type=_positive, default=16, metavar="N", help="default: 16")
     add("--length", type=_positive, default=256, metavar="N", help="tokens of each (default: 256)")
-    add("--device", type=_device, help="cpu, cuda, ...; default: the GPU if there is one")
+    add("--device", type=_device, help=DEVICE)
     return parser
 
 

@@ -504,13 +504,13 @@ def test_the_real_model_loses_less_than_by_rounding():
     """Six blocks of the embedded model, on text that the search has not seen."""
     from chapter13 import corpus, evaluate, models, quantize_model
 
-    model, tokenizer = models.load(device="cpu")
+    model, tokenizer = models.load()
     model.model.layers = model.model.layers[:6]
     held_out = corpus.evaluation_tokens(tokenizer, 4, 128)
     text = corpus.calibration_tokens(tokenizer, 2, 128)
     kl = {}
     for method, options in (("affine", {}), ("awq", {"calibration": text})):
-        quantized = models.load(device="cpu")[0]
+        quantized = models.load()[0]
         quantized.model.layers = quantized.model.layers[:6]
         quantize_model(quantized, method, 4, 64, progress=False, **options)
         kl[method] = evaluate.kl_divergence(quantized, model, held_out, progress=False)

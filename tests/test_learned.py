@@ -276,10 +276,10 @@ def test_too_few_tokens_are_said_once():
 @pytest.fixture(scope="module")
 def cut():
     """Makes the embedded model's first four blocks, and its tokenizer."""
-    _, tokenizer = models.load(device="cpu")
+    _, tokenizer = models.load()
 
     def make():
-        model, _ = models.load(device="cpu")
+        model, _ = models.load()
         del model.model.layers[4:]
         model.config.num_hidden_layers = 4
         return model

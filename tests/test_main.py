@@ -57,14 +57,14 @@ def content(folder):
 
 
 def weights(model):
-    """What each layer stands for, and all else, in float32."""
+    """What each layer stands for, and all else, in float32 on the CPU."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     rest = {
-        name: tensor.float()
+        name: tensor.float().cpu()
         for name, tensor in model.state_dict().items()
         if name.rpartition(".")[0] not in layers
     }
-    return rest | {name: layer.quantized.dequantize() for name, layer in layers.items()}
+    return rest | {name: layer.quantized.dequantize().cpu() for name, layer in layers.items()}
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_it_writes_what_the_package_computes(model, method, more, options, tmp_p
     assert "left as it was: Embedding in bfloat16" in words
     assert f"evaluate {out} --reference {model}" in words
 
-    expected, tokenizer = models.load(str(model), device="cpu", mapped=method == "awq")
+    expected, tokenizer = models.load(str(model), mapped=method == "awq")
     options = {"group_size": 32} | options
     if "--calibration-length" in more:
         options["calibration"] = corpus.calibration_tokens(tokenizer, 6, 32)
@@ -128,10 +128,10 @@ def test_text_of_ones_own(llama, tmp_path):
     text.write_text(" ".join(f"w{i * i % 19}" for i in range(400)), encoding="utf-8")
     out = tmp_path / "out"
     assert quantize(llama, out, "gptq", *FEW, "--calibration-file", text) == 0
-    expected, tokenizer = models.load(str(llama), device="cpu")
+    expected, tokenizer = models.load(str(llama))
     tokens = corpus.text_tokens(tokenizer, text.read_text(), 6, 32)
     quantize_model(expected, "gptq", group_size=32, progress=False, calibration=tokens)
-    ours, theirs = weights(command._open(str(out), None)[0].cpu()), weights(expected)
+    ours, theirs = weights(command._open(str(out), None)[0]), weights(expected)
     assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
 
 
@@ -170,7 +170,7 @@ NEVER = [  # (what is wrong, words of the message); told before the model is loo
     (["--method", "affine", "--calibration-file", "x"], "--calibration-file belongs to gptq"),
     (["--method", "gptq", "--damp", "-1"], "a number of 0 or more, not '-1'"),
     (["--method", "gptq", "--damp", "nan"], "a number of 0 or more, not 'nan'"),
-    (["--method", "gptq", "--device", "gpu"], "cpu, cuda or cuda:1, not 'gpu'"),
+    (["--method", "gptq", "--device", "gpu"], "a device is called cpu, cuda or cuda:1, not 'gpu'"),
 ]
 
 

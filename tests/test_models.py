@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -63,9 +64,51 @@ def test_tokenizer_splits_numbers_into_digits(embedded):
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
-def test_device_is_the_gpu_when_there_is_one(embedded):
-    model, _ = models.load()
-    assert model.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+@pytest.mark.parametrize("gpu", [False, True])
+def test_device_is_the_gpu_when_there_is_one(monkeypatch, gpu):
+    monkeypatch.delenv("CHAPTER13_DEVICE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert models.find_device() == torch.device("cuda" if gpu else "cpu")
+
+
+@pytest.mark.parametrize("named", ["cpu", "cuda:1"])
+def test_the_environment_names_the_device(monkeypatch, named):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CHAPTER13_DEVICE", named)
+    assert models.find_device() == torch.device(named)
+    assert models.find_device("cuda") == torch.device("cuda")  # an argument counts more
+
+
+def test_models_go_where_the_environment_says(monkeypatch):
+    monkeypatch.setenv("CHAPTER13_DEVICE", "meta")
+    assert models.load()[0].device.type == "meta"
+
+
+def test_what_is_no_device_is_refused(monkeypatch):
+    monkeypatch.setenv("CHAPTER13_DEVICE", "gpu")
+    with pytest.raises(ValueError, match="a device is called cpu, cuda or cuda:1, not 'gpu'"):
+        models.load()
+
+
+@pytest.mark.parametrize(
+    ("built_for", "why"),
+    [(None, "it is a build for CPUs alone"), ("13.0", "it is built for CUDA 13.0, but no driver")],
+)
+def test_a_gpu_that_is_not_found_is_explained(monkeypatch, built_for, why):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    with pytest.raises(ValueError, match=f"PyTorch .* finds no GPU: {why}"):
+        models.find_device("cuda")
+
+
+def test_make_test_gpu_asks_for_a_gpu_first():
+    run = [sys.executable, "-m", "tools.gpu"]
+    asked = subprocess.run(run, cwd=CHECKOUT, capture_output=True, text=True)
+    if torch.cuda.is_available():
+        assert asked.returncode == 0
+    else:
+        assert asked.returncode == 1
+        assert re.fullmatch(r"PyTorch .* finds no GPU: .*\. Nothing was tested\.\n", asked.stderr)
 
 
 def test_linear_weights_are_the_model_s(embedded, weights):
