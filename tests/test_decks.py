@@ -64,7 +64,7 @@ def test_packages_are_fetched_once_and_again_when_the_versions_change(empty):
     ("source", "linked"),
     [
         ("see [02](02_granularity.ipynb)", "see [02](02_granularity.html)"),
-        ("see [02](02_granularity.ipynb#6.-The-price)", "see [02](02_granularity.html)"),
+        ("see [02](02_granularity.ipynb#6.-Price)", "see [02](02_granularity.html#6.-Price)"),
         ("a [term](glossary.md#gptq) and [one](../README.md)", "a term and one"),
         ("[paper](https://arxiv.org/abs/1)", "[paper](https://arxiv.org/abs/1)"),
         ("![words](picture.png) `w[0](x)`", "![words](picture.png) `w[0](x)`"),

@@ -109,7 +109,7 @@ def link_decks(source):
     """Markdown whose links lead from deck to deck; other files do not lie beside the decks."""
     parts = re.split(r"(```.*?```|`[^`]*`)", source, flags=re.DOTALL)  # text, code, text, code...
     for index in range(0, len(parts), 2):
-        text = re.sub(r"\]\((\d\d_\w+)\.ipynb(#[^)\s]*)?\)", r"](\1.html)", parts[index])
+        text = re.sub(r"\]\((\d\d_\w+)\.ipynb(#[^)\s]*)?\)", r"](\1.html\2)", parts[index])
         elsewhere = r"(?<!!)\[([^\[\]]+)\]\((?!https?:|\d\d_\w+\.html|#)[^()\s]+\)"
         parts[index] = re.sub(elsewhere, r"\1", text)
     return "".join(parts)
