@@ -77,7 +77,7 @@ def sizes(published, own):
         ax.set(ylabel="perplexity lost (%)")
         ticks = (0.1, 0.3, 1, 3, 10, 30, 100)
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        percents = (0.3, 1, 3, 10, 30, 100, 300, 1000)
+        percents = (0.3, 1, 3, 10, 30, 100)
         ax.set_yticks(percents, [f"{percent:g}" for percent in percents])
         ax.minorticks_off()
         ax.legend(loc="upper right")
@@ -103,17 +103,18 @@ class ChoiceFigure(LiveFigure):
         values = [max(row.kl.value, LEAST) for row in rows.values()]
         with style():
             _axes(self.axes)
-            self.axes.plot(bits, values, "o", color=COLORS["grid"], ms=7)
+            self.axes.plot(bits, values, "o", color=COLORS["original"], ms=7)
             (self.fitting,) = self.axes.plot([], [], "o", color=COLORS["int8"], ms=10)
             (self.best,) = self.axes.plot(
                 [], [], "o", color=COLORS["highlight"], ms=22, mew=3, fillstyle="none"
             )
-            self.wall = self.axes.axvspan(36, 36, color=COLORS["original"], alpha=0.35)
+            self.wall = self.axes.axvspan(36, 36, color=COLORS["original"], alpha=0.25)
             (self.wish,) = self.axes.plot([], [], "--", color=COLORS["text"], lw=1.5)
             self.name = self.axes.text(
                 0.98, 0.95, "", transform=self.axes.transAxes, ha="right", va="top", fontsize=16
             )
-            self.animate(self.wall, self.wish, self.fitting, self.best, self.name)
+            self.full = self.axes.text(0, 1.2 * LEAST, "does not fit", fontsize=14)
+            self.animate(self.wall, self.full, self.wish, self.fitting, self.best, self.name)
 
     def update(self, view):
         choice = view.choice
@@ -127,5 +128,7 @@ class ChoiceFigure(LiveFigure):
         )
         left = min(max(choice.most_bits, 1.9), 36)
         self.wall.set_bounds(left, 0, 36 - left, 1)
+        self.full.set_x(left * 1.03)
+        self.full.set_visible(left < 24)  # else there is no room for it
         self.wish.set_data([1.9, 36], [view.most_kl] * 2)
-        self.name.set_text(choice.best.name if choice.best else "nothing")
+        self.name.set_text(choice.best.name if choice.best else "none of these")
