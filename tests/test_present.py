@@ -10,12 +10,11 @@ import re
 import signal
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import nbformat
 import pytest
 from PIL import Image, ImageChops
@@ -195,9 +194,9 @@ def presented(browser, small, tmp_path_factory):
 
 
 @contextmanager
-def shown(browser, presented, **options):
+def shown(browser, presented):
     """A page with the deck, its explorers alive; at the end it must have had no complaints."""
-    page = browser.new_page(viewport={"width": 1280, "height": 720}, **options)
+    page = browser.new_page(viewport={"width": 1280, "height": 720})
     host = presented.address.split("/")[2]
     ours = ("data:", "blob:", f"http://{host}/", f"ws://{host}/")
     complaints = []
@@ -304,21 +303,18 @@ def test_no_key_on_a_control_turns_the_slide(control, browser, presented):
 @pytest.mark.browser
 def test_a_swipe_on_an_explorer_does_not_turn_the_slide(browser, presented):
     swipe = """([element, from, to]) => {
-        const send = (type, x) => {
-            const touch = new Touch({ identifier: 1, target: element, clientX: x, clientY: 300 });
-            const event = { touches: [touch], bubbles: true, cancelable: true };
-            element.dispatchEvent(new TouchEvent(type, event));
-        };
-        send("touchstart", from); send("touchmove", to); send("touchend", to);
+        const send = (type, clientX) => element.dispatchEvent(new PointerEvent(
+            type, { pointerType: "touch", clientX, clientY: 300, bubbles: true }));
+        send("pointerdown", from); send("pointermove", to); send("pointerup", to);
     }"""
-    with shown(browser, presented, has_touch=True) as page:
+    with shown(browser, presented) as page:
         panel = go_to_explorer(page)
         before = place(page)
         page.evaluate(swipe, [panel.locator(".noUi-handle").first.element_handle(), 800, 300])
         assert place(page) == before
         heading = page.locator("section.present h2").last.element_handle()
         page.evaluate(swipe, [heading, 800, 300])
-        assert place(page) != before
+        assert place(page) != before  # elsewhere a swipe does turn it
 
 
 @pytest.mark.browser
@@ -358,7 +354,7 @@ def test_the_speakers_view_is_alive_too(browser, presented):
 def test_paths_work_and_the_course_stays_as_it_was(browser, presented, small):
     with shown(browser, presented) as page:
         printed = page.locator(".jp-RenderedText", has_text="kernel").first.text_content()
-    assert printed.startswith("True")
+    assert printed.split()[0] == "True"
     assert nbformat.read(small, as_version=4).cells[2].outputs == []
     assert not (ROOT / "data" / WRITTEN).exists()
 
@@ -376,9 +372,7 @@ def test_a_failing_cell_is_seen_on_the_slide_and_in_the_terminal(browser, presen
 def test_who_has_no_token_gets_nothing(place, query, presented):
     address = presented.address.partition("?")[0]
     address = address.rpartition("/")[0] + f"/{place}" if place else address
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(address + query, timeout=10)
-    assert refused.value.code == 403
+    assert httpx.get(address + query, trust_env=False).status_code == 403
 
 
 def look(page):
