@@ -19,6 +19,7 @@ import hmac
 import html
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -44,7 +45,7 @@ from tqdm import tqdm
 
 from tools.notebooks import ROOT, WIDGET_VIEW, normalize, numbered, read
 from tools.notebooks import write as write_notebook
-from tools.slides.build import NoPackages, build
+from tools.slides.build import NoPackages, build, fetch_packages
 
 LIVE = ROOT / "tools" / "slides" / "live"
 SCRIPTS = ROOT / "build" / "live"
@@ -116,14 +117,15 @@ def find(name, notebooks):
     raise SystemExit(f"{asked} There are:{names}")
 
 
-def lay_out(folder):
-    """Fill `folder` so that a notebook in its notebooks/ finds what it finds in the course's.
+def lay_out(folder, path):
+    """Fill `folder` so that the notebook at `path`, run there, finds what it finds at home.
 
-    What a notebook writes, say a picture in ../data, stays in the copy.
+    Beside it lies what lies beside its file, and the course's data in ../data. What it writes
+    there, say a picture, stays in the copy. Returns where to run it.
     """
-    for name in ("notebooks", "data"):
+    for name, home in (("notebooks", path.resolve().parent), ("data", ROOT / "data")):
         (folder / name).mkdir()
-        for entry in (ROOT / name).iterdir():
+        for entry in home.iterdir():
             (folder / name / entry.name).symlink_to(entry)
     return folder / "notebooks"
 
@@ -170,7 +172,9 @@ def make_deck(notebook, path, folder):
     (deck,) = build([executed], folder / "deck")
     for script in (LIVE / "live.css", LIVE / "live.js", *fetch_scripts()):
         shutil.copy(script, deck.parent / "assets")
-    deck.write_text(deck.read_text(encoding="utf-8").replace("</head>", HEAD, 1), encoding="utf-8")
+    page = deck.read_text(encoding="utf-8").replace("</head>", HEAD, 1)
+    page = re.sub(r'<a href="\d\d_\w+\.html[^"]*">(.*?)</a>', r"\1", page)  # no deck lies there
+    deck.write_text(page, encoding="utf-8")
     return deck
 
 
@@ -257,7 +261,8 @@ def serve(talk, deck):
 
 async def present(path):
     """Execute, make the deck, serve it until the kernel dies or somebody presses Ctrl-C."""
-    fetch_scripts()  # what is missing is said now, and not after minutes
+    fetch_packages()  # what is missing is said now, and not after minutes
+    fetch_scripts()
     notebook = read(path)
     with TemporaryDirectory(prefix="chapter13-present-") as folder:
         client = NotebookClient(
@@ -269,7 +274,7 @@ async def present(path):
             record_timing=False,
             store_widget_state=False,
         )
-        async with client.async_setup_kernel(cwd=str(lay_out(Path(folder)))):
+        async with client.async_setup_kernel(cwd=str(lay_out(Path(folder), path))):
             stop_on_signals(asyncio.current_task())
             await execute(client)
             deck = make_deck(notebook, path, Path(folder))
