@@ -7,7 +7,7 @@
 // a block that is higher than a slide is left to stick out, and the slides' test reports it.
 
 const PAGE = { width: 1216, height: 660 }; // inside of a slide; the numbers are those of slides.css
-const SIZES = { "": { gap: 14, cost: 0 }, tight: { gap: 10, cost: 140 } };
+const SIZES = { "": { gap: 14, cost: 0 }, tight: { gap: 10, cost: 190 } };
 const MOST_LINES = 20; // of a print; longer ones are cut
 const SIZES_OF_CODE = [22, 20, 18]; // px, and of prints and tables
 
@@ -163,7 +163,7 @@ function paginate(blocks, again, gap) {
 
 function pageCost(height) {
   const empty = Math.max(0, 1 - height / PAGE.height);
-  return 100 + 60 * empty ** 2;
+  return 100 + 150 * empty ** 2;
 }
 
 /** The title page is that with the notebook's own heading; it is laid out differently. */
