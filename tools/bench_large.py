@@ -304,7 +304,7 @@ def large_text(record, where):
     row("written", lambda one: f"{one['out_mb']} MB")
     words = "absmax was interrupted on the way and killed later: the same bytes as unbroken."
     if "gptq" in record:
-        words += " So was GPTQ, whose time is that of all three runs."
+        words += " GPTQ was broken off likewise, and went on; its time is that of all three runs."
     return (
         f"A model of a billion parameters (`make bench-large`, {where['machine']}, "
         f"torch {where['versions']['torch']}, {where['date']}): the shape of Llama 3.2 1B with the "
