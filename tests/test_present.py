@@ -28,6 +28,8 @@ LOOK = (Path(__file__).parent / "look_at_slides.js").read_text(encoding="utf-8")
 REAL = next(path for path in numbered() if path.name.startswith("01_"))
 WRITTEN = "written_by_a_slide.txt"
 
+pytestmark = pytest.mark.timeout(900)  # starts kernels and browsers beside whatever else runs
+
 EXPLORER = """\
 import torch
 from chapter13.explorers.absmax import explore_absmax
