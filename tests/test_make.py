@@ -176,6 +176,7 @@ def test_clean_removes_what_was_made_and_nothing_else(folder):
     assert make(folder, "setup").returncode == 0
     kept = ["data/results.json", "data/figure.png", "notebooks/.ipynb_checkpoints/mine.ipynb"]
     removed = ["data/model/weights", "data/text.bz2", "tests/__pycache__/a.pyc", ".ruff_cache/b"]
+    removed += ["tools/slides/node_modules/c"]
     for name in kept + removed:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
