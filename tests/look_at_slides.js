@@ -5,12 +5,13 @@ async () => {
   const SMALLEST = 18;
   const FOOT = 690; // below it stand the slide's number and the arrows
   const complaints = [];
-  const facts = { complaints, code: [], alts: [], pictures: [], notes: [], words: [], formulas: 0, slides: 0 };
+  const facts = { complaints, slides: 0, formulas: 0 };
+  Object.assign(facts, { code: [], alts: [], pictures: [], notes: [], words: [] });
 
   const visible = (element) => {
     for (let each = element; each; each = each.parentElement) {
       const style = getComputedStyle(each);
-      if (style.display === "none" || style.visibility === "hidden" || style.opacity === "0") return false;
+      if (style.display === "none" || style.visibility === "hidden") return false;
     }
     return true;
   };
@@ -34,7 +35,7 @@ async () => {
       range.selectNodeContents(node);
       lookAtBox(range.getBoundingClientRect(), words.slice(0, 40), complain, FOOT);
       const markup = node.parentElement.closest("pre, code");
-      if (!markup && /\$|\\\(|\\\[|\\[a-z]{3,}/.test(words)) complain(`math not typeset: ${words.slice(0, 40)}`);
+      if (!markup && /\$|\\\(|\\\[|\\[a-z]{3,}/.test(words)) complain(`math not typeset: ${words}`);
     }
     return letters;
   };
@@ -42,11 +43,12 @@ async () => {
   const lookAtPictures = (slide, complain) => {
     const images = [...slide.querySelectorAll("img")];
     for (const image of images) {
-      if (!image.complete || !image.naturalWidth || image.width < 50) complain(`missing picture: ${image.alt}`);
-      if (!image.alt.trim()) complain("a picture without alt");
-      lookAtBox(image.getBoundingClientRect(), image.alt, complain, FOOT);
-      if (image.width < image.getAttribute("width") - 1) complain(`smaller than drawn: ${image.alt}`);
-      facts.alts.push(image.alt.trim());
+      const { alt, naturalWidth, width } = image;
+      if (!naturalWidth || width < 50) complain(`missing picture: ${alt}`);
+      if (!alt.trim()) complain("a picture without alt");
+      if (width < image.getAttribute("width") - 1) complain(`smaller than drawn: ${alt}`);
+      lookAtBox(image.getBoundingClientRect(), alt, complain, FOOT);
+      facts.alts.push(alt.trim());
     }
     return images.length;
   };
@@ -59,7 +61,7 @@ async () => {
       const style = getComputedStyle(element);
       const over = element.scrollHeight > element.clientHeight + 1 && style.overflowY !== "visible";
       const wide = element.scrollWidth > element.clientWidth + 1 && style.overflowX !== "visible";
-      if (element.clientHeight && (over || wide)) complain(`has to be scrolled: ${element.className}`);
+      if ((over || wide) && element.clientHeight) complain(`has to be scrolled: ${element.tagName}`);
     }
     if (slide.querySelector("mjx-merror, [data-mml-node=merror]")) complain("math with an error");
   };
@@ -76,9 +78,12 @@ async () => {
     const pictures = lookAtPictures(slide, complain);
     facts.pictures.push(pictures);
     lookAtElements(slide, complain);
+    if (slide.querySelector(".fragment:not(.visible)")) complain("a step that is never shown");
     if (!letters && !pictures) complain("nothing below the heading");
-    facts.code.push(...[...slide.querySelectorAll(".jp-InputArea-editor pre")].map((pre) => pre.innerText.trim()));
-    facts.notes.push(...[...slide.querySelectorAll("aside.notes")].map((notes) => notes.textContent));
+    const all = (selector) => [...slide.querySelectorAll(selector)];
+    const texts = (selector) => all(selector).map((each) => each.textContent);
+    facts.code.push(...texts(".jp-InputArea-editor pre").map((code) => code.trim()));
+    facts.notes.push(...texts("aside.notes"));
     facts.formulas += slide.querySelectorAll("mjx-container").length;
   }
   facts.title = document.title;

@@ -13,7 +13,7 @@ const SIZES_OF_CODE = [22, 20, 18]; // px, and of prints and tables
 
 /** Replaces each slide in `root` by one or more that fit. `root` has to be laid out, unscaled. */
 function fitSlides(root) {
-  const slides = [...root.querySelectorAll("section")].filter((each) => !each.querySelector("section"));
+  const slides = root.querySelectorAll("section:not(:has(section))");
   let heading = null; // the last one so far
   for (const slide of slides) {
     const { blocks, notes } = takeApart(slide);
@@ -91,9 +91,8 @@ function cheapest(slide, blocks, heading) {
     const ruler = slide.cloneNode(false);
     ruler.className = `ruler ${size} ${titleClass(blocks)}`;
     const again = repeat(heading);
-    ruler
-      .appendChild(element("div", "page"))
-      .append(again, ...blocks.map((block) => block.node));
+    const page = ruler.appendChild(element("div", "page"));
+    page.append(again, ...blocks.map((block) => block.node));
     slide.before(ruler);
     const measured = blocks.map(measure);
     const found = paginate(measured, again.offsetHeight + gap, gap);
@@ -112,7 +111,8 @@ function measure(block) {
     const image = node.querySelector("img");
     const ratio = image.naturalHeight / image.naturalWidth;
     const natural = Math.min(image.naturalHeight, PAGE.height - 70); // 70: the heading, again
-    return { ...block, least: natural, most: Math.max(natural, Math.min(PAGE.width * ratio, PAGE.height)) };
+    const largest = Math.min(PAGE.width * ratio, PAGE.height);
+    return { ...block, least: natural, most: Math.max(natural, largest) };
   }
   const fixed = node.matches("pre, table") ? node : node.querySelector("pre, table");
   const size = fixed && fitLetters(node, fixed);
