@@ -7,6 +7,7 @@ all: perplexity and KL to the full-precision model on the same evaluation tokens
 interval of the difference to AutoGPTQ. The table goes to data/results.json as "bench/peers".
 
     python tools/bench_peers.py                everything, about a quarter of an hour
+    python tools/bench_peers.py --orders       only how far our KL moves by luck
     python tools/bench_peers.py --blocks 2     a trial on the first blocks; records nothing
 """
 
@@ -138,18 +139,8 @@ def measure(folder, tokenizer, work):
             low, high = apart.interval
             methods[name]["kl_less_baseline"] = round(apart.value, 5)
             methods[name]["kl_less_baseline_interval"] = [round(low, 5), round(high, 5)]
-    orders = [methods["chapter13"]["kl"]]
-    calibration = load_file(tokens)["tokens"]
-    for seed in range(1, ORDERS):
-        shuffled = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(seed))
-        model, _ = models.load(str(folder), device="cpu")
-        options = {"bits": BITS, "group_size": GROUP_SIZE, "progress": False}
-        quantize_model(model, "gptq", calibration=calibration[shuffled], **options)
-        score = evaluate.kl_divergence(model, reference, text, progress=False)
-        orders.append(round(score.value, 5))
-        print(f"chapter13, the calibration text in another order: KL {orders[-1]:.4f}", flush=True)
     return {
-        "orders": orders,
+        "orders": orders(folder, load_file(tokens)["tokens"], text, reference),
         "calibration": list(CALIBRATION),
         "evaluation": list(EVALUATION),
         "perplexity": round(plain.value, 3),
@@ -157,6 +148,22 @@ def measure(folder, tokenizer, work):
         "methods": methods,
         "peers": versions,
     }
+
+
+def orders(folder, tokens, text, reference):
+    """Our KL with the calibration sequences in other orders: sums differ in their last digits."""
+    found = []
+    for seed in range(ORDERS):
+        shuffled = tokens[
+            torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
+        ]
+        model, _ = models.load(str(folder), device="cpu")
+        options = {"bits": BITS, "group_size": GROUP_SIZE, "progress": False}
+        quantize_model(model, "gptq", calibration=shuffled, **options)
+        score = evaluate.kl_divergence(model, reference, text, progress=False)
+        found.append(round(score.value, 5))
+        print(f"chapter13, calibration text in order {seed}: KL {found[-1]:.4f}", flush=True)
+    return found
 
 
 def line(name, row):
@@ -195,6 +202,7 @@ def comparison(record):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", type=int, help="only the first blocks of the model")
+    parser.add_argument("--orders", action="store_true", help="measure our KL's spread alone")
     parser.add_argument("--only", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     models.silence_torchao()
@@ -204,6 +212,16 @@ def main():
     if arguments.only:
         name, *paths = arguments.only
         print(json.dumps(quantize_here(name, *map(Path, paths))))
+        return
+    if arguments.orders:
+        with tempfile.TemporaryDirectory() as folder:
+            model, tokenizer = models.load(device="cpu")
+            text = corpus.evaluation_tokens(tokenizer, *EVALUATION)
+            reference = evaluate.cache_logits(model, text, Path(folder) / "reference")
+            tokens = corpus.calibration_tokens(tokenizer, *CALIBRATION)
+            record = results.load()["bench/peers"]
+            record["orders"] = orders(models.EMBEDDED, tokens, text, reference)
+        results.record("bench/peers", record, ("transformers", "bitsandbytes"))
         return
     for peer in peers.VERSIONS:
         try:
