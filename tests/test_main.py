@@ -265,9 +265,11 @@ def test_too_little_text(llama, tmp_path, capsys):
     assert "the evaluation text has" in line
 
 
-# ends itself, by a true signal, once the first block is in its file
+# ends itself, by a true signal, once the first block is in its file; Ctrl-C is heard also where the
+# tests run in the background of a shell, which has its children ignore it
 ENDING = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from chapter13 import __main__ as command, learned
 save = learned.save_quantized
 def ending(block, file):
