@@ -158,7 +158,7 @@ def test_the_panel_over_its_whole_grid():
         best = view.choice.best
         assert view.alt
         if best is None:
-            assert "nothing" in view.readout
+            assert "none: " in view.readout
         else:
             assert best in view.choice.fitting
             assert best.kl.value <= view.most_kl

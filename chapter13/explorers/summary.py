@@ -34,8 +34,8 @@ def choice(
     best = made.best
     said = [("runs here and fits", f"{len(made.fitting)} of {len(rows)} rows")]
     if best is None:
-        why = "nothing fits" if not made.fitting else "nothing that fits is that good"
-        said.append(("use", f"{why}: more memory, a smaller model, or another wish"))
+        why = "nothing fits" if not made.fitting else "what fits is not that good"
+        said.append(("use", f"none: {why} with {memory_gb:g} GB"))
         alt = f"{model} in {memory_gb:g} GB on {hardware}: {why}."
     else:
         takes = needed_gb(shape, best.bits_per_weight, context)
