@@ -3,15 +3,13 @@
 import pytest
 
 from chapter13 import results
-from tools import bench
+from tools import bench, readme
 
 
 def test_readme_is_not_stale():
-    text = bench.README.read_text(encoding="utf-8")
-    _, _, rest = text.partition(bench.SECTION[0])
-    section, end, _ = rest.partition(bench.SECTION[1])
-    assert end, "the README has lost the comments between which `make bench` writes"
-    assert section == bench.readme_section(results.load()), "stale: run `make bench`"
+    assert readme.read(bench.SECTION) == bench.readme_section(results.load()), (
+        "stale: run `make bench`"
+    )
 
 
 def test_unknown_names_are_refused():

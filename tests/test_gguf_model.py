@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from chapter13 import corpus, gguf_file, models, results
 from chapter13.gguf_blocks import plain, quantize, read
 from chapter13.gguf_model import FILE_TYPES, gguf_name, interleave, write_model
-from tools import llamacpp
+from tools import llamacpp, readme
 
 REFERENCE = json.loads((Path(__file__).parent / "llamacpp.json").read_text(encoding="utf-8"))
 
@@ -145,10 +145,9 @@ def test_what_make_llama_recorded():
 
 
 def test_readme_is_not_stale():
-    text = llamacpp.README.read_text(encoding="utf-8")
-    section, end, _ = text.partition(llamacpp.SECTION[0])[2].partition(llamacpp.SECTION[1])
-    assert end, "the README has lost the comments between which `make llama` writes"
-    assert section == llamacpp.readme_section(results.load()), "stale: run `make llama`"
+    assert readme.read(llamacpp.SECTION) == llamacpp.readme_section(results.load()), (
+        "stale: run `make llama`"
+    )
 
 
 def tiny(**changes) -> LlamaForCausalLM:

@@ -20,7 +20,7 @@ from chapter13 import __main__ as command
 from chapter13 import corpus, learned, models, quantize_model, results
 from chapter13.download import CHECKOUT
 from chapter13.linear import QuantizedLinear
-from tools import bench_large
+from tools import bench_large, readme
 
 # the few words of the test's tokenizer make poor calibration text, which is said
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens span")
@@ -389,7 +389,7 @@ def test_help_and_no_command(capsys):
 
 
 def test_the_readmes_commands_are_commands():
-    text = bench_large.README.read_text(encoding="utf-8")
+    text = readme.FILE.read_text(encoding="utf-8")
     lines = re.findall(r"(?m)^(?:\S*/)?python -m chapter13 (.+)$", text)
     assert len(lines) >= 2
     for line in lines:
@@ -399,11 +399,9 @@ def test_the_readmes_commands_are_commands():
 
 
 def test_the_readmes_measurement_is_not_stale():
-    text = bench_large.README.read_text(encoding="utf-8")
-    _, _, rest = text.partition(bench_large.SECTION[0])
-    section, end, _ = rest.partition(bench_large.SECTION[1])
-    assert end, "the README has lost the comments between which `make bench-large` writes"
-    assert section == bench_large.readme_section(results.load()), "stale: run `make bench-large`"
+    assert readme.read(bench_large.SECTION) == bench_large.readme_section(results.load()), (
+        "stale: run `make bench-large`"
+    )
 
 
 def test_a_checkpoint_is_made_of_what_the_index_says(tmp_path, monkeypatch):

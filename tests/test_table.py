@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from chapter13 import results
-from tools import peers, table
+from tools import peers, readme, table
 from tools.table_rows import MAKERS, ROWS, Row
 
 ROW = Row("a row", "affine", "ours", {"method": "affine", "bits": 4, "group_size": 64})
@@ -16,11 +16,9 @@ FILES = ["chapter13/integer.py", "chapter13/packing.py"]
 
 
 def test_readme_is_not_stale():
-    text = table.README.read_text(encoding="utf-8")
-    _, _, rest = text.partition(table.SECTION[0])
-    section, end, _ = rest.partition(table.SECTION[1])
-    assert end, "the README has lost the comments between which `make results` writes"
-    assert section == table.readme_section(results.load()), "stale: run `make results`"
+    assert readme.read(table.SECTION) == table.readme_section(results.load()), (
+        "stale: run `make results`"
+    )
 
 
 def test_every_row_is_measured_and_no_other():

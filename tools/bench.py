@@ -24,11 +24,10 @@ from chapter13 import quantize_absmax, quantize_codebook, quantize_per_channel, 
 from chapter13.packing import pack, packed_size, unpack
 
 sys.path.insert(0, str(results.FILE.parent.parent))  # a script finds its own folder alone
-from tools import bench_models
+from tools import bench_models, readme
 
 SHAPE = (11008, 4096)  # the largest matrix of a 7B model's MLP
-README = results.FILE.parent.parent / "README.md"
-SECTION = ("<!-- bench: written by `make bench`, do not edit -->\n", "<!-- end of bench -->")
+SECTION = readme.section("bench", "make bench")
 
 
 def medians(*sides, runs=5):
@@ -345,14 +344,6 @@ def models_section(record):
     )
 
 
-def write_readme(records):
-    """Puts the table into the README, between its two comments."""
-    before, _, rest = README.read_text(encoding="utf-8").partition(SECTION[0])
-    _, _, after = rest.partition(SECTION[1])
-    text = before + SECTION[0] + readme_section(records) + SECTION[1] + after
-    README.write_text(text, encoding="utf-8")
-
-
 def peak_extra_bytes(work):
     """The most memory that `work` held at a time beyond what was there before, result included."""
     page = os.sysconf("SC_PAGE_SIZE")
@@ -412,7 +403,7 @@ def main(names):
         BENCHES[name]()
     records = results.load()
     if all(f"bench/{name}" in records for name in BENCHES):
-        write_readme(records)
+        readme.write(SECTION, readme_section(records))
 
 
 if __name__ == "__main__":

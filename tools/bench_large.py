@@ -4,7 +4,7 @@ Writes checkpoints with random weights in bfloat16, in several files: one of the
 1B (but for the vocabulary, which is the embedded model's), and one with two blocks of the shape of
 Llama 2 7B. Quantizes them with `python -m chapter13`, interrupts and kills it on the way, and
 watches its memory from outside: anonymous pages are what a run really adds; pages of mapped files
-are given back when others need the memory. Goes to data/results.json (key "cli/1b"), and from
+are given back when others need the memory. Goes to data/results.json ("cli/..."), and from
 there into the README.
 
     python tools/bench_large.py                 everything, in a temporary folder
@@ -29,9 +29,11 @@ import torch
 from chapter13 import results
 from chapter13.download import require
 
-README = results.FILE.parent.parent / "README.md"
-SECTION = ("<!-- large: written by `make bench-large`, do not edit -->\n", "<!-- end of large -->")
-KEY = "cli/1b"
+sys.path.insert(0, str(results.FILE.parent.parent))  # a script finds its own folder alone
+from tools import readme
+
+SECTION = readme.section("large", "make bench-large")
+KEY = "cli/"  # and the stage: each was measured on a machine and a day of its own
 SHAPES = {  # blocks, hidden size, of the MLP, heads, of them with keys and values of their own
     "1b": (16, 2048, 8192, 32, 8),
     "7b": (2, 4096, 11008, 32, 32),
@@ -114,7 +116,7 @@ class Run:
         start, cpu = time.perf_counter(), _cpu_seconds()
         process = subprocess.Popen(
             [*command, "--method", method],
-            cwd=README.parent,
+            cwd=readme.FILE.parent,
             # a shell's background jobs ignore SIGINT, and so would this one
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
@@ -200,7 +202,7 @@ def bench_absmax(work):
     assert whole.code == 0
     broken(model, work / "absmax-broken", "absmax")
     assert digest(work / "absmax") == digest(work / "absmax-broken")
-    return {"absmax": whole.measured() | {"out_mb": size_mb(work / "absmax")}}
+    return whole.measured() | {"out_mb": size_mb(work / "absmax")}
 
 
 def bench_gptq(work):
@@ -208,18 +210,16 @@ def bench_gptq(work):
     runs = broken(model, work / "gptq", "gptq")
     each = [run.measured() for run in runs]
     return {
-        "gptq": {
-            "seconds": round(sum(one["seconds"] for one in each), 1),
-            "cpu_seconds": round(sum(one["cpu_seconds"] for one in each), 1),
-            "seconds_by_run": [one["seconds"] for one in each],
-            "seconds_per_block": each[-1]["seconds_per_block"],
-            **{
-                name: max(one[name] for one in each)
-                for name in ("anonymous_mb", "file_mb", "together_mb")
-            },
-            "anonymous_mb_by_block": each[-1]["anonymous_mb_by_block"],
-            "out_mb": size_mb(work / "gptq"),
-        }
+        "seconds": round(sum(one["seconds"] for one in each), 1),
+        "cpu_seconds": round(sum(one["cpu_seconds"] for one in each), 1),
+        "seconds_by_run": [one["seconds"] for one in each],
+        "seconds_per_block": each[-1]["seconds_per_block"],
+        **{
+            name: max(one[name] for one in each)
+            for name in ("anonymous_mb", "file_mb", "together_mb")
+        },
+        "anonymous_mb_by_block": each[-1]["anonymous_mb_by_block"],
+        "out_mb": size_mb(work / "gptq"),
     }
 
 
@@ -237,7 +237,7 @@ def bench_seven(work):
             "seconds_per_block": round(block, 1),
             "seconds_of_7b": round(whole),
         }
-    return {"seven": measured}
+    return {"methods": measured}
 
 
 def bench_example(work):
@@ -247,12 +247,12 @@ def bench_example(work):
     command = [sys.executable, "-m", "chapter13", "evaluate", str(work / "smollm2-gptq")]
     printed = subprocess.run(
         [*command, "--reference", "smollm2-135m"],
-        cwd=README.parent,
+        cwd=readme.FILE.parent,
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     ).stdout
-    return {"example": run.measured() | {"printed": printed.splitlines()}}
+    return run.measured() | {"printed": printed.splitlines()}
 
 
 STAGES = {
@@ -274,28 +274,28 @@ def checkpoint(work, shape):
 
 def readme_section(records):
     """What the README says about it, from data/results.json: of the stages that were measured."""
-    record = records.get(KEY, {})
-    return "\n".join(
-        text(record, record["environment"]) for stage, text in TEXTS.items() if stage in record
-    )
+    stages = {stage: records[KEY + stage] for stage in STAGES if KEY + stage in records}
+    return "\n".join(text(stages) for stage, text in TEXTS.items() if stage in stages)
 
 
-def example_text(record, where):
-    example = record["example"]
+def example_text(stages):
+    example = stages["example"]
     printed = "\n".join(example["printed"])
     return (
-        f"The first took {example['seconds']:.0f} seconds on {where['machine']}, the second "
-        f"prints\n\n```\n{printed}\n```\n"
+        f"The first took {example['seconds']:.0f} seconds on {example['environment']['machine']}, "
+        f"the second prints\n\n```\n{printed}\n```\n"
     )
 
 
-def large_text(record, where):
-    methods = [method for method in METHODS if method in record]
+def large_text(stages):
+    methods = {name: stages[name] for name in METHODS if name in stages}
     rows = [("", *(METHODS[method] for method in methods)), ("---",) * (1 + len(methods))]
 
     def row(what, value):
-        rows.append((what, *(value(record[method]) for method in methods)))
+        rows.append((what, *(value(one) for one in methods.values())))
 
+    row("machine", lambda one: f"{one['environment']['machine']}, {one['environment']['date']}")
+    row("torch", lambda one: one["environment"]["versions"]["torch"])
     row("time", lambda one: f"{one['seconds'] / 60:.1f} minutes")
     row("time of a processor", lambda one: f"{one['cpu_seconds'] / 60:.1f} minutes")
     row("memory of its own while blocks are quantized", lambda one: f"{_blocks(one)} MB")
@@ -303,11 +303,10 @@ def large_text(record, where):
     row("pages of mapped files beside it", lambda one: f"{one['file_mb']} MB")
     row("written", lambda one: f"{one['out_mb']} MB")
     words = "absmax was interrupted on the way and killed later: the same bytes as unbroken."
-    if "gptq" in record:
+    if "gptq" in methods:
         words += " GPTQ was broken off likewise, and went on; its time is that of all three runs."
     return (
-        f"A model of a billion parameters (`make bench-large`, {where['machine']}, "
-        f"torch {where['versions']['torch']}, {where['date']}): the shape of Llama 3.2 1B with the "
+        "A model of a billion parameters (`make bench-large`): the shape of Llama 3.2 1B with the "
         "embedded model's vocabulary, 1.07 billion random weights in bfloat16, in 9 files, 2.1 GB. "
         "Time is by the clock, on a machine that may have had other work; that of a processor is "
         "the run's own. Pages of mapped files are taken back by the system when others need the "
@@ -315,8 +314,8 @@ def large_text(record, where):
     )
 
 
-def seven_text(record, where):
-    seven = record["seven"]
+def seven_text(stages):
+    seven, where = stages["seven"]["methods"], stages["seven"]["environment"]
     rows = [("", *(METHODS[method] for method in seven)), ("---",) * (1 + len(seven))]
 
     def row(what, value):
@@ -326,9 +325,9 @@ def seven_text(record, where):
     row("memory of its own, at most, measured", lambda one: f"{one['anonymous_mb']} MB")
     row(f"{BLOCKS_OF_7B} blocks, extrapolated", lambda one: _long(one["seconds_of_7b"]))
     return (
-        "And 7B, extrapolated from two blocks of the shape of Llama 2 7B: the time of the second "
-        f"times {BLOCKS_OF_7B}, that of writing by its share, and loading. Memory is that of a "
-        f"block, however many there are.\n\n{_table(rows)}\n"
+        f"And 7B, on {where['machine']}, extrapolated from two blocks of the shape of Llama 2 7B: "
+        f"the time of the second times {BLOCKS_OF_7B}, that of writing by its share, and loading. "
+        f"Memory is that of a block, however many there are.\n\n{_table(rows)}\n"
     )
 
 
@@ -350,17 +349,6 @@ def _long(seconds):
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
-def record(measured):
-    """Adds a stage to the record, and writes the README afresh."""
-    old = results.load().get(KEY, {})
-    stages = {name: value for name, value in old.items() if name != "environment"} | measured
-    results.record(KEY, stages, ("transformers", "safetensors"))
-    before, _, rest = README.read_text(encoding="utf-8").partition(SECTION[0])
-    _, _, after = rest.partition(SECTION[1])
-    text = before + SECTION[0] + readme_section(results.load()) + SECTION[1] + after
-    README.write_text(text, encoding="utf-8")
-
-
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
@@ -372,7 +360,8 @@ def main(arguments=None):
         work = args.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         for stage in args.stages or STAGES:
-            record(STAGES[stage](work))
+            results.record(KEY + stage, STAGES[stage](work), ("transformers", "safetensors"))
+            readme.write(SECTION, readme_section(results.load()))
 
 
 if __name__ == "__main__":

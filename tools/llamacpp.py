@@ -23,12 +23,12 @@ from chapter13 import corpus, models, results
 from chapter13.convert import silence_torchao
 from chapter13.gguf_blocks import quantize
 from chapter13.gguf_model import FILE_TYPES, write_model
+from tools import readme
 
 ROOT = Path(__file__).parent.parent
 PEER = ROOT / ".peers" / "llamacpp" / "bin" / "python"
 REFERENCE = ROOT / "tests" / "llamacpp.json"
-README = ROOT / "README.md"
-SECTION = ("<!-- llama: written by `make llama`, do not edit -->\n", "<!-- end of llama -->")
+SECTION = readme.section("llama", "make llama")
 SEQUENCES, LENGTH, NEW = 4, 128, 24
 
 
@@ -134,16 +134,6 @@ def readme_section(records: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_readme(records: dict) -> None:
-    """Puts the table into the README, between its two comments."""
-    before, _, rest = README.read_text(encoding="utf-8").partition(SECTION[0])
-    _, end, after = rest.partition(SECTION[1])
-    if not end:
-        raise SystemExit(f"README.md has lost the comments {SECTION[0].strip()} and {SECTION[1]}")
-    text = before + SECTION[0] + readme_section(records) + end + after
-    README.write_text(text, encoding="utf-8")
-
-
 def main() -> None:
     if not PEER.exists():
         raise SystemExit("llama.cpp is not there: run `make llama`")
@@ -168,7 +158,7 @@ def main() -> None:
     part = REFERENCE.with_suffix(".part")
     part.write_text(json.dumps(reference) + "\n", encoding="utf-8")
     part.replace(REFERENCE)
-    write_readme(results.load())
+    readme.write(SECTION, readme_section(results.load()))
 
 
 if __name__ == "__main__":

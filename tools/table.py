@@ -10,7 +10,7 @@ where it was. A row stands as long as its options, the tokens, the versions of t
 the code that it really ran are the same; comments and docstrings may change.
 
     python -m tools.table                           what is missing or out of date
-    python -m tools.table --only cost               the costs alone: on a quiet machine, 20 minutes
+    python -m tools.table --only cost               the costs alone, on a quiet machine
     python -m tools.table "NF4" "FP32" --again      these rows, although they stand
 """
 
@@ -33,7 +33,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from chapter13 import corpus, download, evaluate, models, results
-from tools import bench_models, peers
+from tools import bench_models, peers, readme
 from tools.table_rows import MAKERS, MODEL, ROWS, Made, calibration_tokens
 
 EVALUATION = (33, 512)  # sequences, length: 16863 tokens are scored
@@ -45,8 +45,7 @@ WEIGHTS = 106_168_320  # of the embedded model's linear layers
 PACKAGE = ROOT / "chapter13"
 LOADING = ("models.py", "corpus.py", "wiki.py")  # what they load is compared itself
 KEY = "table/"
-README = ROOT / "README.md"
-SECTION = ("<!-- table: written by `make results`, do not edit -->\n", "<!-- end of table -->")
+SECTION = readme.section("table", "make results")
 
 
 # --- one row, in a process of its own --------------------------------------------------------
@@ -81,7 +80,7 @@ def make(row):
 
 def measure(row, part):
     """What is measured of one row: its cost or its quality, and which code did it."""
-    # 0.3% of the time of GPTQ, whose loop calls the most functions.
+    # of calls of Python functions alone: a matrix product is none
     profile = cProfile.Profile(builtins=False)
     made, tokenizer = profile.runcall(make, row)
     if part == "cost":
@@ -317,17 +316,9 @@ def readme_section(records):
         f"The embedded model on {EVALUATION[0]} x {EVALUATION[1]} held-out tokens; "
         f"{'; '.join(machines)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}. Bits per "
         "weight are those of the linear layers, scales included; MB those of the whole model, "
-        "whose embeddings stay in float32 but for FP16, BF16 and what is said to be GGUF's file. "
+        "whose embeddings stay in float32 but for BF16. "
         f"Notebook 08 shows all {len(ROWS)} rows, and what they cost to make.\n\n{body}\n"
     )
-
-
-def write_readme(records):
-    """Puts the table into the README, between its two comments."""
-    before, _, rest = README.read_text(encoding="utf-8").partition(SECTION[0])
-    _, _, after = rest.partition(SECTION[1])
-    text = before + SECTION[0] + readme_section(records) + SECTION[1] + after
-    README.write_text(text, encoding="utf-8")
 
 
 def main():
@@ -356,7 +347,7 @@ def main():
     failed = measure_all(rows, parts, arguments.again)
     records = results.load()
     if all(stands(records, by_name[name], part) for name in IN_README for part in PARTS):
-        write_readme(records)
+        readme.write(SECTION, readme_section(records))
     if failed:
         sys.exit(f"not measured: {', '.join(failed)}")
 
