@@ -98,7 +98,9 @@ def measure(row, part):
             }
             for name, score in zip(("perplexity", "kl"), scores, strict=True)
         }
-    return measured | {"peer": made.versions, "files": files_of(profile)}
+    # told by this process: another one may have other threads
+    where = results.environment(("transformers", *row.packages))
+    return measured | {"peer": made.versions, "files": files_of(profile), "environment": where}
 
 
 def cost(made):
@@ -188,8 +190,7 @@ def store(row, measured):
     kept.pop("environment", None)
     packages = ("transformers", *row.packages)
     for part, values in measured.items():
-        values["fingerprint"] = fingerprint(row, part, values["files"])
-        kept[part] = values | {"environment": results.environment(packages)}
+        kept[part] = values | {"fingerprint": fingerprint(row, part, values["files"])}
     kept["family"] = row.family
     results.record(KEY + row.name, kept, packages)
 
@@ -285,8 +286,10 @@ IN_README = (
 def readme_section(records):
     """The README's summary table, from data/results.json."""
     rows = [(name, records[KEY + name]) for name in IN_README if KEY + name in records]
-    machines = sorted({row["quality"]["environment"]["machine"] for _, row in rows})
-    dates = sorted({row["quality"]["environment"]["date"] for _, row in rows})
+    where = {
+        part: "; ".join(sorted({_where(row[part]["environment"]) for _, row in rows}))
+        for part in PARTS
+    }
     head = (
         "method",
         "bits per weight",
@@ -314,11 +317,15 @@ def readme_section(records):
     body = "\n".join("| " + " | ".join(row) + " |" for row in table)
     return (
         f"The embedded model on {EVALUATION[0]} x {EVALUATION[1]} held-out tokens; "
-        f"{'; '.join(machines)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}. Bits per "
+        f"losses on {where['quality']}; memory and speed on {where['cost']}. Bits per "
         "weight are those of the linear layers, scales included; MB those of the whole model, "
         "whose embeddings stay in float32 but for BF16. "
         f"Notebook 08 shows all {len(ROWS)} rows, and what they cost to make.\n\n{body}\n"
     )
+
+
+def _where(environment):
+    return f"{environment['machine']}, {environment['date']}"
 
 
 def main():
