@@ -22,3 +22,27 @@ def weights():
     from chapter13 import models
 
     return models.linear_weights()
+
+
+def skip_or_fail(what, error):
+    """Skip loudly, or fail where the browser is required: `what` was not tested in one."""
+    message = f"{what} NOT TESTED IN A BROWSER: {error}"
+    if os.environ.get("CHAPTER13_REQUIRE_BROWSER") == "1":
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+@pytest.fixture(scope="module")  # while it lives, no other event loop can run
+def browser(request):
+    """A headless Chromium or Chrome; `WHAT` of the module says what goes untested without one."""
+    from playwright.sync_api import sync_playwright
+
+    from tools.browser import NoBrowser, launch
+
+    with sync_playwright() as playwright:
+        try:
+            browser = launch(playwright)
+        except NoBrowser as error:
+            skip_or_fail(request.module.WHAT, error)
+        yield browser
+        browser.close()

@@ -5,38 +5,22 @@ CHAPTER13_REQUIRE_BROWSER=1 that is a failure. Screenshots are left in screensho
 """
 
 import io
-import os
 import shutil
 
 import pytest
 from PIL import Image, ImageChops
 
-from tools.browser import ROOT, NoBrowser, explorer, jupyterlab, launch, wait_for
+from tools.browser import ROOT, explorer, jupyterlab, wait_for
 
 NOTEBOOKS = [
     path
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     if "chapter13.explorers" in path.read_text(encoding="utf-8")
 ]
+WHAT = "THE EXPLORERS WERE"
 SCREENSHOTS = ROOT / "screenshots"
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        try:
-            browser = launch(playwright)
-        except NoBrowser as error:
-            message = f"THE EXPLORERS WERE NOT TESTED IN A BROWSER: {error}"
-            if os.environ.get("CHAPTER13_REQUIRE_BROWSER") == "1":
-                pytest.fail(message)
-            pytest.skip(message)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

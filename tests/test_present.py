@@ -17,12 +17,15 @@ from pathlib import Path
 import httpx
 import nbformat
 import pytest
+from conftest import skip_or_fail
 from PIL import Image, ImageChops
 
 from tools import present
-from tools.browser import ROOT, NoBrowser, launch, wait_for
+from tools.browser import ROOT, wait_for
 from tools.notebooks import numbered
 from tools.slides.build import NoPackages, fetch_packages
+
+WHAT = "THE LIVE SLIDES WERE"
 
 LOOK = (Path(__file__).parent / "look_at_slides.js").read_text(encoding="utf-8")
 REAL = next(path for path in numbered() if path.name.startswith("01_"))
@@ -98,30 +101,15 @@ def test_a_failing_npm_says_why(tmp_path, monkeypatch):
 # --- in a browser --------------------------------------------------------------------------
 
 
-def need(error):
-    """Skip, or fail where the browser is required."""
-    message = f"THE LIVE SLIDES WERE NOT TESTED IN A BROWSER: {error}"
-    if os.environ.get("CHAPTER13_REQUIRE_BROWSER") == "1":
-        pytest.fail(message)
-    pytest.skip(message)
-
-
 @pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
+def browser(browser):
+    """The browser, and what live slides need from npm."""
     try:
         fetch_packages()
         present.fetch_scripts()
     except NoPackages as error:
-        need(error)
-    with sync_playwright() as playwright:
-        try:
-            browser = launch(playwright)
-        except NoBrowser as error:
-            need(error)
-        yield browser
-        browser.close()
+        skip_or_fail(WHAT, error)
+    return browser
 
 
 @dataclass

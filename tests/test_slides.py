@@ -8,7 +8,6 @@ import base64
 import functools
 import http.server
 import json
-import os
 import re
 import threading
 from pathlib import Path
@@ -16,40 +15,20 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+from conftest import skip_or_fail
 from pypdfium2 import PdfDocument
 from pypdfium2.raw import FPDF_PAGEOBJ_IMAGE
 
 from chapter13.plots import Picture
-from tools.browser import NoBrowser, launch
 from tools.notebooks import numbered
 from tools.slides import build
 from tools.slides.pdf import print_pdf
 
 pytestmark = pytest.mark.browser
 
+WHAT = "THE SLIDES WERE"
 LOOK = (Path(__file__).parent / "look_at_slides.js").read_text(encoding="utf-8")
 PIXEL = base64.b64encode(Picture(np.zeros((9, 60, 3), np.uint8), "black").png).decode()
-
-
-def need(error):
-    """Skip, or fail where the browser is required."""
-    message = f"THE SLIDES WERE NOT TESTED IN A BROWSER: {error}"
-    if os.environ.get("CHAPTER13_REQUIRE_BROWSER") == "1":
-        pytest.fail(message)
-    pytest.skip(message)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        try:
-            browser = launch(playwright)
-        except NoBrowser as error:
-            need(error)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +38,7 @@ def folder(tmp_path_factory):
     try:
         build.build(numbered(), folder)
     except build.NoPackages as error:
-        need(error)
+        skip_or_fail(WHAT, error)
     return folder
 
 
