@@ -80,7 +80,7 @@ def sizes(published, own):
         percents = (0.3, 1, 3, 10, 30, 100)
         ax.set_yticks(percents, [f"{percent:g}" for percent in percents])
         ax.minorticks_off()
-        ax.legend(loc="upper right")
+        ax.legend(loc="lower left")
     said = [
         f"{label}: {points[min(points)]:.0f}% at {min(points):g} billion, "
         f"{points[max(points)]:.1f}% at {max(points):g} billion"
