@@ -13,7 +13,7 @@ NOTEBOOKS := $(wildcard notebooks/[0-9][0-9]_*.ipynb)
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=600 --nbval-sanitize-with=tests/nbval_sanitize.cfg
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test test-gpu data rerun reset lint mutants results bench bench-large peers bench-peers llama fuzz pictures slides slides-pdf present pins clean
+.PHONY: help setup lab test test-gpu data rerun reset lint mutants results bench bench-gpu bench-large peers bench-peers llama fuzz pictures slides slides-pdf present pins clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +66,11 @@ results: data ## measure every row of the summary table that is missing or out o
 
 bench: data ## measure speed side by side with the reference libraries
 	$(BIN)/python tools/bench.py
+
+bench-gpu: setup ## measure the methods on a GPU, beside the CPU's numbers; stops where there is none
+	@$(BIN)/python tools/gpu.py
+	@$(MAKE) --no-print-directory data
+	$(BIN)/python -m tools.bench_gpu
 
 bench-large: data ## measure the command line on a model with a billion parameters (9 GB of disk, long)
 	$(BIN)/python -m tools.bench_large

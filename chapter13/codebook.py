@@ -127,7 +127,7 @@ def _nearest_in_blocks(flat, absmax, block_size, code_book):
     blocks = flat[: whole * block_size].view(whole, block_size)
     block_codes = codes[: whole * block_size].view(whole, block_size)
     reciprocal = 1.0 / absmax[:whole, None].clamp(min=_TINY)
-    for rows, columns in pieces(whole, block_size):
+    for rows, columns in pieces(blocks):
         scaled = torch.mul(blocks[rows, columns], reciprocal[rows])
         block_codes[rows, columns] = _nearest(scaled, midpoints, order.tolist())
     rest = flat[whole * block_size :].float() / absmax[whole:]
@@ -164,7 +164,9 @@ def _quantize_scales(absmax: torch.Tensor) -> tuple[QuantizedTensor, torch.Tenso
             "float32: double quantization cannot take their mean; use double_quant=False"
         )
     centred = absmax - offset
-    scale = torch.stack([block.abs().amax() for block in centred.split(_SCALES_PER_BLOCK)])
+    missing = -len(centred) % _SCALES_PER_BLOCK
+    blocks = torch.nn.functional.pad(centred, (0, missing)).view(-1, _SCALES_PER_BLOCK)
+    scale = blocks.abs().amax(1)
     reciprocal = (1 / scale).repeat_interleave(_SCALES_PER_BLOCK)[: len(centred)]
     scaled = (centred * reciprocal).nan_to_num_(-1)  # 0 / 0 takes the first code
     step = ((scaled + 1) * 32767.5 + 0.5).floor_()

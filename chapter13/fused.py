@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from chapter13.linear import KeepsDtypes, QuantizedLinear
-from chapter13.tensors import PIECE
+from chapter13.packing import PIECE
 
 GROUP_SIZES = {  # that the kernels know
     "integer": (32, 64, 128, 256),

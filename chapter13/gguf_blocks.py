@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 
 from chapter13 import gguf_file
-from chapter13.tensors import PIECE, check_finite, check_weight
+from chapter13.packing import piece_size
+from chapter13.tensors import check_finite, check_weight
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # E2M1 doubled, to be whole numbers: a sign, two bits of exponent, one of mantissa
@@ -198,8 +199,8 @@ class _Tensors(Mapping):
 
 
 def _pieces(blocks: torch.Tensor, weights: int) -> Iterator[slice]:
-    """Slices of whole blocks that stay in the cache."""
-    step = PIECE // weights
+    """Slices of whole blocks: on a CPU so many as stay in the cache."""
+    step = piece_size(blocks) // weights
     for start in range(0, len(blocks), step):
         yield slice(start, start + step)
 

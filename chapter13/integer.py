@@ -124,7 +124,7 @@ def quantize_affine(
     scale, zero_point = affine_grid(low, high, bits, scale_dtype)
     divisor, levels = nonzero(scale), 2**bits - 1
     codes = torch.empty(groups.shape, dtype=torch.uint8, device=groups.device)
-    for rows, columns in pieces(*groups.shape):
+    for rows, columns in pieces(groups):
         piece = torch.div(groups[rows, columns], divisor[rows]).round_()
         piece.add_(zero_point[rows]).clamp_(0, levels)
         codes[rows, columns] = piece.to(torch.int16)  # float to uint8 directly is slow
@@ -174,7 +174,7 @@ def _absmax(weight, group_size, steps, scale_dtype):
     scale = round_scale(absmax / steps, absmax, steps, scale_dtype)
     divisor = nonzero(scale)
     codes = torch.empty(groups.shape, dtype=torch.int8, device=groups.device)
-    for rows, columns in pieces(*groups.shape):
+    for rows, columns in pieces(groups):
         piece = torch.div(groups[rows, columns], divisor[rows])
         codes[rows, columns] = piece.round_().clamp_(-steps, steps)
     return scale.view(scale_shape(weight.shape, group_size)), codes

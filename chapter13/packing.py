@@ -18,7 +18,13 @@ Lanes are read with their first byte lowest, so this needs a little-endian machi
 import torch
 
 _LANES = {16: torch.int16, 32: torch.int32, 64: torch.int64}
-_PIECE = 1 << 18  # bytes worked on at a time: small enough to stay in the cache
+PIECE = 1 << 18  # elements worked on at a time: 1 MiB of float32 stays in the cache
+GPU_PIECE = 1 << 24  # on a GPU each piece costs launches of kernels, so: few, of 64 MiB
+
+
+def piece_size(tensor: torch.Tensor) -> int:
+    """How many elements are worked on at a time where this tensor is."""
+    return PIECE if tensor.device.type == "cpu" else GPU_PIECE
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -46,8 +52,9 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     codes_in_lane, bytes_in_lane = lane // 8, width // 8
     lanes = -(-codes.numel() // codes_in_lane)
     packed = codes.new_empty(lanes, bytes_in_lane)
-    for start in range(0, codes.numel(), _PIECE):
-        piece = codes[start : start + _PIECE]
+    step = piece_size(codes)
+    for start in range(0, codes.numel(), step):
+        piece = codes[start : start + step]
         missing = -piece.numel() % codes_in_lane
         if missing or piece.storage_offset() % codes_in_lane:  # a wide view needs whole lanes
             piece = torch.cat([piece, piece.new_zeros(missing)])
@@ -80,7 +87,7 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     codes_in_lane, bytes_in_lane = lane // 8, width // 8
     lanes = -(-count // codes_in_lane)
     codes = packed.new_empty(lanes, codes_in_lane)
-    step = _PIECE // codes_in_lane
+    step = piece_size(packed) // codes_in_lane
     for first in range(0, lanes, step):
         piece = packed[first * bytes_in_lane : (first + step) * bytes_in_lane]
         if missing := -piece.numel() % bytes_in_lane:

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from chapter13.packing import unpack
-
-PIECE = 1 << 18  # elements worked on at a time: 1 MiB of float32 stays in the cache
+from chapter13.packing import piece_size, unpack
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -89,7 +87,7 @@ class QuantizedTensor:
             yield values.view(-1, self.shape[-1])
 
     def _pieces(self, unit: int) -> Iterator[torch.Tensor]:
-        """The flat approximate weight in pieces of PIECE or so, each a multiple of `unit` long.
+        """The flat approximate weight in pieces of `piece_size` or so, multiples of `unit` long.
 
         A piece also begins with a byte of its own and with a scale of its own; the last piece
         may be shorter.
@@ -98,7 +96,7 @@ class QuantizedTensor:
         scale, zero_point = self.scale.float().view(-1), self.zero_point
         size = self.group_size if isinstance(self.group_size, int) else count // len(scale)
         step = math.lcm(8, unit, size if len(scale) > 1 else 1)
-        step *= max(1, PIECE // step)
+        step *= max(1, piece_size(self.packed) // step)
         table = self._table()
         for start in range(0, count, step):
             values = self._values(table, start, min(start + step, count))
@@ -219,10 +217,11 @@ def grouped(weight: torch.Tensor, group_size: int | str | None) -> torch.Tensor:
     return weight.reshape(-1, group_size)
 
 
-def pieces(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
-    """Cuts a matrix into pieces of at most PIECE elements, as (rows, columns) slices."""
-    width = max(1, min(columns, PIECE))
-    height = PIECE // width
+def pieces(matrix: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+    """Cuts a matrix into pieces of at most `piece_size` elements, as (rows, columns) slices."""
+    (rows, columns), size = matrix.shape, piece_size(matrix)
+    width = max(1, min(columns, size))
+    height = size // width
     for row in range(0, rows, height):
         for column in range(0, columns, width):
             yield slice(row, row + height), slice(column, column + width)

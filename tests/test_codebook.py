@@ -260,7 +260,10 @@ def test_errors():
         quantize_codebook(torch.ones(0))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
 @pytest.mark.parametrize("kind", CODE_BOOKS)
 def test_same_bytes_on_a_gpu(kind):
     for double_quant in (False, True):
@@ -271,6 +274,51 @@ def test_same_bytes_on_a_gpu(kind):
         assert torch.equal(ours.packed.cpu(), expected.packed)
         if not double_quant:  # the mean of the scales may differ in its last bit
             assert torch.equal(ours.dequantize().cpu(), expected.dequantize())
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", [random, zero_block, one_outlier, midpoints])
+@pytest.mark.parametrize("kind", CODE_BOOKS)
+def test_values_of_bitsandbytes_on_a_gpu(kind, make, dtype):
+    """Its kernel compares with thresholds written in decimals: what is next to one may differ.
+
+    And it writes FP4's second zero, and other codes where a whole block is zero: same values.
+    """
+    weight = make((100, 64)).to(dtype).cuda()
+    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type=kind)
+    ours = quantize_codebook(weight, kind)
+    assert torch.equal(ours.scale, state.absmax.view(-1))
+    book = CODE_BOOKS[kind]().cuda()
+    mine, theirs = (
+        book[codes.view(-1, 64).long()]
+        for codes in (ours.codes(), unpack(packed.view(-1), 4, weight.numel()))
+    )
+    differ = (mine != theirs) & (ours.scale[:, None] > 0)
+    scaled = weight.float() * (1 / ours.scale[:, None])
+    # two roundings of numbers below 1, and one of the threshold
+    assert ((scaled - (mine + theirs) / 2)[differ].abs() <= 2**-22).all()
+    if not differ.any():
+        assert torch.equal(ours.dequantize(dtype), functional.dequantize_4bit(packed, state))
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", CODE_BOOKS)
+def test_second_level_of_bitsandbytes_on_a_gpu(kind):
+    """Its kernel for GPUs does without the 65536 steps: where they decide, it is one code apart."""
+    weight = random((4096, 64)).cuda()
+    state = functional.quantize_4bit(weight, quant_type=kind, compress_statistics=True)[1]
+    ours = quantize_codebook(weight, kind, double_quant=True)
+    assert ours.scale_offset == state.offset
+    assert torch.equal(ours.stored_scale.scale.view(-1), state.state2.absmax)
+    mine, theirs = ours.stored_scale.codes().long(), state.absmax.view(-1).long()
+    differ = mine != theirs
+    assert ((mine - theirs).abs() <= 1).all()
+    book = dynamic_code_book().cuda()
+    centred = quantize_codebook(weight, kind).scale - ours.scale_offset
+    scaled = centred / ours.stored_scale.scale.view(-1).repeat_interleave(256)
+    nearest = (scaled - (book[mine] + book[theirs]) / 2)[differ].abs()
+    assert (nearest <= 1 / 65535 + 2**-22).all()  # half a step, and rounding
 
 
 def test_repr():

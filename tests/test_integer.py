@@ -20,7 +20,8 @@ from chapter13 import (
     quantize_int4_absmax,
     quantize_per_channel,
 )
-from chapter13.tensors import PIECE, pieces
+from chapter13.packing import PIECE
+from chapter13.tensors import pieces
 
 U = 2.0**-24
 QUANTIZERS = [quantize_absmax, quantize_affine]
@@ -362,7 +363,7 @@ def test_pieces_do_not_show(quantize, shape):
 )
 def test_pieces_are_small_and_cover_each_element_once(shape):
     visits = torch.zeros(shape, dtype=torch.uint8)
-    for rows, columns in pieces(*shape):
+    for rows, columns in pieces(visits):
         assert 0 < visits[rows, columns].numel() <= PIECE
         visits[rows, columns] += 1
     assert (visits == 1).all()

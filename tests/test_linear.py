@@ -79,7 +79,7 @@ def test_pieces_are_the_weight_at_any_size(bits, rows, columns, kind):
 @pytest.mark.parametrize("piece", [64, 4096])
 @pytest.mark.parametrize("quantize", QUANTIZERS.values(), ids=QUANTIZERS)
 def test_many_pieces(quantize, piece, monkeypatch):
-    monkeypatch.setattr("chapter13.tensors.PIECE", piece)
+    monkeypatch.setattr("chapter13.packing.PIECE", piece)
     quantized = quantize(matrix(120, 77))
     assert torch.equal(quantized.dequantize(), plainly(quantized))
     assert torch.equal(torch.cat(list(quantized.row_pieces())), plainly(quantized))

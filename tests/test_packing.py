@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chapter13.packing import _PIECE, pack, packed_size, unpack
+from chapter13.packing import PIECE, pack, packed_size, unpack
 
 BITS = range(2, 9)
 
@@ -44,7 +44,7 @@ def test_every_stream_of_bytes_is_some_codes(bits, stream):
 @pytest.mark.parametrize("bits", BITS)
 def test_several_pieces_and_odd_offsets(bits):
     generator = torch.Generator().manual_seed(bits)
-    codes = torch.randint(2**bits, (2 * _PIECE + 8 + 13,), dtype=torch.uint8, generator=generator)
+    codes = torch.randint(2**bits, (2 * PIECE + 8 + 13,), dtype=torch.uint8, generator=generator)
     for start in (0, 1, 3, 8):  # a view that starts anywhere, not on a machine word
         part = codes[start:]
         packed = pack(part, bits)

@@ -86,6 +86,7 @@ def bitsandbytes(bits, plain=False, double_quant=True):
         from chapter13.layers import replace_layers
 
         def make(_, layer):
+            weight = layer.weight.data.cpu()  # on the way to a GPU they quantize
             if bits == 8:
                 new = bnb.Linear8bitLt(
                     layer.in_features,
@@ -94,7 +95,7 @@ def bitsandbytes(bits, plain=False, double_quant=True):
                     has_fp16_weights=False,
                     threshold=6.0,  # as transformers sets it; its own 0 keeps no outliers apart
                 )
-                new.weight = bnb.Int8Params(layer.weight.data, requires_grad=False)
+                new.weight = bnb.Int8Params(weight, requires_grad=False)
             else:
                 new = bnb.Linear4bit(
                     layer.in_features,
@@ -104,10 +105,10 @@ def bitsandbytes(bits, plain=False, double_quant=True):
                     quant_type="nf4",
                 )
                 new.weight = bnb.Params4bit(
-                    layer.weight.data, False, quant_type="nf4", compress_statistics=double_quant
+                    weight, False, quant_type="nf4", compress_statistics=double_quant
                 )
                 new.support_avx512bf16_for_cpu &= not plain
-            return new.to("cpu").eval()
+            return new.to(layer.weight.device).eval()
 
         return replace_layers(model, make, progress=False)
 
@@ -157,14 +158,18 @@ FORMATS = {
 
 def ms_per_token(model, count):
     """The median time of `count` greedy tokens after a prompt, one sequence, in milliseconds."""
-    ids = torch.arange(PROMPT)[None] + 100
+    device = model.get_input_embeddings().weight.device
+    ids = torch.arange(PROMPT, device=device)[None] + 100
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times = []
     with torch.inference_mode():
         state = model(ids, use_cache=True)
         for _ in range(count):
             token = state.logits[:, -1:].argmax(-1)
+            wait()
             start = time.perf_counter()
             state = model(token, past_key_values=state.past_key_values, use_cache=True)
+            wait()
             times.append(time.perf_counter() - start)
     return median(times) * 1e3
 

@@ -118,7 +118,7 @@ def view(layer: Layer, bits: int, group_size: int | str, affine: bool) -> View:
     quantized = quantize(weight, bits, group_size, affine)
     error = quantized.dequantize()
     energy, max_error = 0.0, 0.0
-    for piece in pieces(*weight.shape):  # a large layer is read from memory once, not four times
+    for piece in pieces(weight):  # a large layer is read from memory once, not four times
         part = error[piece].sub_(weight[piece])
         energy += torch.linalg.vector_norm(part, dtype=torch.float64).item() ** 2
         max_error = max(max_error, part.abs_().max().item())

@@ -1,0 +1,287 @@
+"""`make bench-gpu`: the methods on a GPU, for a look beside the CPU's numbers.
+
+The embedded model: rows of the summary table, by the same protocol (tools/table.py), each made and
+measured on the GPU. And a model of Llama-2-7B's shape with random weights, one token at a time. All
+in one process; memory is what PyTorch has allocated.
+
+    python -m tools.bench_gpu
+"""
+
+import copy
+import logging
+import sys
+import time
+import warnings
+from statistics import median
+
+import torch
+
+from chapter13 import corpus, evaluate, models, results
+from chapter13.errors import memory_breakdown
+from tools import bench_models, readme
+from tools.table import EVALUATION, TOKENS, WEIGHTS
+from tools.table_rows import MAKERS, MODEL, ROWS
+
+ON_GPU = (
+    "FP32",
+    "FP16",
+    "BF16",
+    "INT8 weights, per channel",
+    "torchao INT8 weights",
+    "INT8 dynamic, per tensor",
+    "INT8 dynamic, per token",
+    "torchao INT8 dynamic",
+    "INT8 static, per channel",
+    "LLM.int8()",
+    "bitsandbytes LLM.int8()",
+    "INT4 affine, groups of 64",
+    "NF4",
+    "NF4, double quantization",
+    "bitsandbytes NF4",
+    "bitsandbytes NF4, double quantization",
+    "AWQ INT4, groups of 64",
+    "GPTQ INT4, groups of 64",
+    "GPTQ INT4, groups of 64, clip search",
+)
+FORMATS = {  # in bfloat16, as such a model is stored
+    "bf16": bench_models.FORMATS["bf16"],
+    "ours int8 weights": bench_models.ours("absmax", 8, "channel", torch.bfloat16),
+    "torchao int8 weights": bench_models.FORMATS["torchao int8 weights"],
+    "ours LLM.int8()": bench_models.FORMATS["ours LLM.int8()"],
+    "bitsandbytes LLM.int8()": bench_models.FORMATS["bitsandbytes LLM.int8()"],
+    "ours dynamic int8, per token": bench_models.FORMATS["ours dynamic int8, per token"],
+    "torchao dynamic int8": bench_models.FORMATS["torchao dynamic int8"],
+    "ours int4": bench_models.ours("absmax", 4, 64, torch.bfloat16),
+    "ours nf4": bench_models.ours("nf4", 4, 64, torch.bfloat16),
+    "bitsandbytes nf4": bench_models.bitsandbytes(4),
+}
+LLAMA_2_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+}
+SECTION = readme.section("gpu", "make bench-gpu")
+PACKAGES = ("transformers", "bitsandbytes", "torchao")
+
+
+def wait(device):
+    """Until the GPU has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def forget_peak(device):
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_mb(device):
+    """The most that PyTorch had allocated on the GPU since `forget_peak`."""
+    return round(torch.cuda.max_memory_allocated(device) / 1e6) if device.type == "cuda" else None
+
+
+def measure_row(row, source, tokenizer, tokens, logits):
+    """Cost and quality of a row of the summary table, on the device where `source` is."""
+    device = source.device
+    model = copy.deepcopy(source)
+    forget_peak(device)
+    wait(device)
+    start = time.perf_counter()
+    made = MAKERS[row.made](model, tokenizer, **row.options)
+    wait(device)
+    seconds, peak = time.perf_counter() - start, peak_mb(device)
+    parts = memory_breakdown(made.model)
+    scores = evaluate.perplexity_and_kl(made.model, logits, tokens, progress=False)
+    forget_peak(device)
+    return {
+        "bits_per_weight": round(8 * (parts["linears"] + parts["scales"]) / WEIGHTS, 4),
+        "size_mb": round(sum(parts.values()) / 1e6, 1),
+        "quantize_s": round(seconds, 2),
+        "quantize_peak_mb": peak,
+        "tokens_per_s": round(1e3 / bench_models.ms_per_token(made.model, TOKENS), 1),
+        "run_peak_mb": peak_mb(device),
+        **{
+            name: {
+                "value": round(score.value, 5),
+                "interval": [round(end, 5) for end in score.interval],
+            }
+            for name, score in zip(("perplexity", "kl"), scores, strict=True)
+        },
+    }
+
+
+def large_model(device, shape):
+    """A Llama of that shape with random weights, in bfloat16, made where it will be."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(LlamaConfig(**shape)).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def measure_format(kind, device, shape):
+    """Memory and speed of a large model in one format."""
+    model = large_model(device, shape)
+    wait(device)
+    start = time.perf_counter()
+    model = FORMATS[kind](model)
+    wait(device)
+    seconds = time.perf_counter() - start
+    forget_peak(device)
+    milliseconds = bench_models.ms_per_token(model, TOKENS)
+    held = sum(memory_breakdown(model).values())
+    return {
+        "quantize_s": round(seconds, 2),
+        "ms_per_token": round(milliseconds, 2),
+        "weights_mb": round(held / 1e6, 1),
+        # one row of the embeddings is read for a token
+        "read_mb": round((held - model.get_input_embeddings().weight.nbytes) / 1e6, 1),
+        "peak_mb": peak_mb(device),
+    }
+
+
+def bandwidth(device):
+    """GB/s at which the GPU's memory delivers a float32 matrix to a product with a vector."""
+    matrix, vector = torch.randn(2**15, 2**14, device=device), torch.randn(2**14, device=device)
+    times = []
+    for _ in range(9):
+        wait(device)
+        start = time.perf_counter()
+        torch.mv(matrix, vector)
+        wait(device)
+        times.append(time.perf_counter() - start)
+    return matrix.nbytes / median(times) / 1e9
+
+
+def attempt(what, work, *arguments):
+    """What `work` measures, printed; or why it could not be: a library may lack a kernel."""
+    try:
+        measured = work(*arguments)
+    except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:
+        measured = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+    print(f"{what:40}{measured}", flush=True)
+    return measured
+
+
+def bench_table(device):
+    """The embedded model: row -> what `measure_row` returns."""
+    source, tokenizer = models.load(MODEL, device=device)
+    tokens = corpus.evaluation_tokens(tokenizer, *EVALUATION)
+    rows = {row.name: row for row in ROWS}
+    return {
+        name: attempt(name, measure_row, rows[name], source, tokenizer, tokens, source)
+        for name in ON_GPU
+    }
+
+
+def bench_large(device):
+    """The large model: format -> what `measure_format` returns."""
+    measured = {}
+    for kind in FORMATS:
+        measured[kind] = attempt(kind, measure_format, kind, device, LLAMA_2_7B)
+        forget_peak(device)
+    return measured
+
+
+def readme_section(records):
+    """The README's tables of a GPU, the CPU's numbers beside, from data/results.json."""
+    table, large = records["gpu/table"], records["gpu/7b"]
+    return f"{_table_section(table, records)}\n\n{_large_section(large)}\n"
+
+
+def _table_section(record, records):
+    rows = [
+        ("method", "KL", "KL, CPU", "perplexity", "tokens/s", "tokens/s, CPU")
+        + ("made in", "made in, CPU"),
+        ("---",) * 8,
+    ]
+    missing = []
+    for name, row in record["rows"].items():
+        if "failed" in row:
+            missing.append(f"{name} ({row['failed']})")
+            continue
+        cost, quality = (records[f"table/{name}"][part] for part in ("cost", "quality"))
+        rows.append(
+            (
+                name,
+                f"{row['kl']['value']:.4f}",
+                f"{quality['kl']['value']:.4f}",
+                f"{row['perplexity']['value']:.2f}",
+                f"{row['tokens_per_s']:.0f}",
+                "" if cost["tokens_per_s"] is None else f"{cost['tokens_per_s']:.0f}",
+                f"{row['quantize_s']:.1f} s",
+                f"{cost['quantize_s']:.1f} s",
+            )
+        )
+    text = (
+        f"Measured by `make bench-gpu` on {_where(record)}. The embedded model by the protocol of "
+        "the table above, whose numbers from the CPU stand beside; the reference is the float32 "
+        "model on the same device. A model this small is bound by the number of kernels that are "
+        f"launched, not by its bytes.\n\n{_markdown(rows)}"
+    )
+    return text + (f"\n\nNot measured: {'; '.join(missing)}." if missing else "")
+
+
+def _large_section(record):
+    rows = [("format", "held", "at most", "tokens/s", "bound", "made in"), ("---",) * 6]
+    missing = []
+    for kind, run in record["formats"].items():
+        if "failed" in run:
+            missing.append(f"{kind} ({run['failed']})")
+            continue
+        bound = record["bandwidth_gb_per_s"] * 1e3 / run["read_mb"]
+        rows.append(
+            (
+                kind,
+                f"{run['weights_mb'] / 1e3:.1f} GB",
+                f"{run['peak_mb'] / 1e3:.1f} GB",
+                f"{1e3 / run['ms_per_token']:.1f}",
+                f"{bound:.0f}",
+                f"{run['quantize_s']:.1f} s",
+            )
+        )
+    text = (
+        f"A model of Llama-2-7B's shape, random weights, all 32 blocks, in bfloat16, on "
+        f"{_where(record)}; one token at a time. The bound is how often the memory, at "
+        f"{record['bandwidth_gb_per_s']} GB/s, can deliver the weights.\n\n{_markdown(rows)}"
+    )
+    return text + (f"\n\nNot measured: {'; '.join(missing)}." if missing else "")
+
+
+def _markdown(rows):
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _where(record):
+    where = record["environment"]
+    return f"{where['machine']}, torch {where['versions']['torch']}, {where['date']}"
+
+
+def main():
+    try:
+        device = models.find_device("cuda")
+    except ValueError as error:
+        sys.exit(f"{error}. Nothing was measured.")
+    models.silence_torchao()
+    for logger in bench_models.BITSANDBYTES_NOISE:
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    speed = bandwidth(device)
+    print(f"{torch.cuda.get_device_name(device)}: memory delivers {speed:.0f} GB/s")
+    results.record("gpu/table", {"rows": bench_table(device)}, PACKAGES)
+    large = {"bandwidth_gb_per_s": round(speed), "formats": bench_large(device)}
+    results.record("gpu/7b", large, PACKAGES)
+    readme.write(SECTION, readme_section(results.load()))
+
+
+if __name__ == "__main__":
+    main()
