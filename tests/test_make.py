@@ -166,9 +166,10 @@ def test_test_gpu_runs_the_very_same_elsewhere(folder):
     assert on_gpu == on_cpu.replace("cpu ", "cuda ", 1)
 
 
-def test_test_gpu_stops_at_once_where_there_is_none(folder):
+@pytest.mark.parametrize("target", ["test-gpu", "bench-gpu"])
+def test_what_needs_a_gpu_stops_at_once_where_there_is_none(target, folder):
     (folder / "no_gpu").touch()
-    assert make(folder, "test-gpu").returncode != 0
+    assert make(folder, target).returncode != 0
     assert log(folder) == ["venv", "install", "gpu?"]
 
 

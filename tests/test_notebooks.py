@@ -50,6 +50,7 @@ REVIEWED = {
     ("09_awq.ipynb", "whole-gptq"): SEARCH,
     ("09_awq.ipynb", "whole-picture"): SEARCH,
     ("05_bitsandbytes.ipynb", "speed-table"): "shows what `make bench` recorded last, anywhere",
+    ("05_bitsandbytes.ipynb", "gpu-table"): "shows what `make bench-gpu` recorded last, anywhere",
     ("10_gguf.ipynb", "llama-code"): "shows what `make llama` recorded last, anywhere",
 }
 

@@ -195,20 +195,23 @@ def bench_large(device):
 def readme_section(records):
     """The README's tables of a GPU, the CPU's numbers beside, from data/results.json."""
     table, large = records["gpu/table"], records["gpu/7b"]
-    return f"{_table_section(table, records)}\n\n{_large_section(large)}\n"
+    small = table["rows"]["BF16"]["tokens_per_s"]
+    return f"{_table_section(table, records)}\n\n{_large_section(large, small)}\n"
 
 
 def _table_section(record, records):
-    rows = [
-        ("method", "KL", "KL, CPU", "perplexity", "tokens/s", "tokens/s, CPU")
-        + ("made in", "made in, CPU"),
-        ("---",) * 8,
-    ]
-    missing = []
-    for name, row in record["rows"].items():
-        if "failed" in row:
-            missing.append(f"{name} ({row['failed']})")
-            continue
+    head = (
+        "method",
+        "KL",
+        "KL, CPU",
+        "perplexity",
+        "made in",
+        "made in, CPU",
+        "at most",
+        "tokens/s",
+    )
+    rows = [head, ("---",) * len(head)]
+    for name, row in _measured(record["rows"], ON_GPU):
         cost, quality = (records[f"table/{name}"][part] for part in ("cost", "quality"))
         rows.append(
             (
@@ -216,28 +219,25 @@ def _table_section(record, records):
                 f"{row['kl']['value']:.4f}",
                 f"{quality['kl']['value']:.4f}",
                 f"{row['perplexity']['value']:.2f}",
-                f"{row['tokens_per_s']:.0f}",
-                "" if cost["tokens_per_s"] is None else f"{cost['tokens_per_s']:.0f}",
                 f"{row['quantize_s']:.1f} s",
                 f"{cost['quantize_s']:.1f} s",
+                f"{row['quantize_peak_mb']} MB",
+                f"{row['tokens_per_s']:.1f}",
             )
         )
-    text = (
-        f"Measured by `make bench-gpu` on {_where(record)}. The embedded model by the protocol of "
-        "the table above, whose numbers from the CPU stand beside; the reference is the float32 "
-        "model on the same device. A model this small is bound by the number of kernels that are "
-        f"launched, not by its bytes.\n\n{_markdown(rows)}"
+    return (
+        f"The embedded model on {_where(record)}, by the protocol of the summary table, whose "
+        "numbers from a CPU stand beside; the reference is the float32 model on the same device. "
+        "Time and the most memory that PyTorch allocated are those of making the model. Tokens per "
+        "second, one at a time, say little about the formats: what they wait for is not the "
+        "memory, see below.\n\n"
+        f"{_markdown(rows)}{_missing(record['rows'])}"
     )
-    return text + (f"\n\nNot measured: {'; '.join(missing)}." if missing else "")
 
 
-def _large_section(record):
-    rows = [("format", "held", "at most", "tokens/s", "bound", "made in"), ("---",) * 6]
-    missing = []
-    for kind, run in record["formats"].items():
-        if "failed" in run:
-            missing.append(f"{kind} ({run['failed']})")
-            continue
+def _large_section(record, small):
+    rows = [("format", "weights", "at most", "tokens/s", "bound", "made in"), ("---",) * 6]
+    for kind, run in _measured(record["formats"], FORMATS):
         bound = record["bandwidth_gb_per_s"] * 1e3 / run["read_mb"]
         rows.append(
             (
@@ -249,12 +249,24 @@ def _large_section(record):
                 f"{run['quantize_s']:.1f} s",
             )
         )
-    text = (
-        f"A model of Llama-2-7B's shape, random weights, all 32 blocks, in bfloat16, on "
-        f"{_where(record)}; one token at a time. The bound is how often the memory, at "
-        f"{record['bandwidth_gb_per_s']} GB/s, can deliver the weights.\n\n{_markdown(rows)}"
+    return (
+        f"A model of Llama-2-7B's shape, random weights, in bfloat16, on {_where(record)}; one "
+        "token at a time. The bound is how often the memory, at "
+        f"{record['bandwidth_gb_per_s']} GB/s, can deliver the weights. The embedded model in "
+        f"bfloat16, a fiftieth of this one, comes at {small} tokens/s: where that is no faster, "
+        "all wait for the processor, on which Python launches each small kernel.\n\n"
+        f"{_markdown(rows)}{_missing(record['formats'])}"
     )
-    return text + (f"\n\nNot measured: {'; '.join(missing)}." if missing else "")
+
+
+def _measured(records, order):
+    return [(name, records[name]) for name in order if "failed" not in records[name]]
+
+
+def _missing(records):
+    """In words, what was not measured, and why."""
+    told = [f"{name} ({each['failed']})" for name, each in records.items() if "failed" in each]
+    return f"\n\nNot measured: {'; '.join(told)}." if told else ""
 
 
 def _markdown(rows):

@@ -1,0 +1,62 @@
+"""What `make bench-gpu` measures, with a CPU in the GPU's place; the README's tables of it."""
+
+import pytest
+import torch
+from test_static import tiny_llama
+
+from chapter13 import results
+from tools import bench_gpu, readme
+
+CPU = torch.device("cpu")
+SHAPE = bench_gpu.LLAMA_2_7B | {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 300,
+}
+
+
+def test_readme_is_not_stale():
+    assert readme.read(bench_gpu.SECTION) == bench_gpu.readme_section(results.load()), (
+        "stale: run `make bench-gpu`"
+    )
+
+
+def test_it_stops_where_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="finds no GPU.*Nothing was measured"):
+        bench_gpu.main()
+
+
+@pytest.mark.parametrize("kind", ["bf16", "ours int8 weights", "ours nf4"])
+def test_a_large_model_is_measured(kind):
+    measured = bench_gpu.measure_format(kind, CPU, SHAPE)
+    assert measured["ms_per_token"] > 0
+    model = bench_gpu.large_model(CPU, SHAPE)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    whole = sum(p.nbytes for p in model.parameters()) / 1e6
+    assert measured["weights_mb"] <= whole + 0.1
+    assert (measured["weights_mb"] < 0.8 * whole) == (kind != "bf16")
+
+
+def test_the_model_that_rows_are_made_from_stays_as_it_was():
+    source = tiny_llama(intermediate_size=128).requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in source.state_dict().items()}
+    rows = {row.name: row for row in bench_gpu.ROWS}
+    assert set(bench_gpu.ON_GPU) <= set(rows)
+    tokens = torch.randint(100, (2, 32), generator=torch.Generator().manual_seed(0))
+    measured = bench_gpu.measure_row(
+        rows["INT4 affine, groups of 64"], source, None, tokens, source
+    )
+    assert measured["kl"]["value"] > 0
+    assert all(torch.equal(source.state_dict()[name], old) for name, old in before.items())
+
+
+def test_what_fails_says_why_and_costs_its_row_alone(capsys):
+    def fails():
+        raise RuntimeError("no kernel\nfor this")
+
+    assert bench_gpu.attempt("a row", fails) == {"failed": "RuntimeError: no kernel"}
+    assert "a row" in capsys.readouterr().out
