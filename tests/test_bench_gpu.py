@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from test_static import tiny_llama
 
 from chapter13 import results
 from tools import bench_gpu, readme
