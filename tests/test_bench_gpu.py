@@ -41,7 +41,7 @@ def test_a_large_model_is_measured(kind):
 
 
 def test_the_model_that_rows_are_made_from_stays_as_it_was():
-    source = tiny_llama(intermediate_size=128, vocab_size=200).requires_grad_(False)
+    source = bench_gpu.large_model(CPU, SHAPE).float()
     before = {name: tensor.clone() for name, tensor in source.state_dict().items()}
     rows = {row.name: row for row in bench_gpu.ROWS}
     assert set(bench_gpu.ON_GPU) <= set(rows)

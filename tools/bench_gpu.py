@@ -193,13 +193,13 @@ def bench_large(device):
 
 
 def readme_section(records):
-    """The README's tables of a GPU, the CPU's numbers beside, from data/results.json."""
+    """The README's tables of a GPU, from data/results.json."""
     table, large = records["gpu/table"], records["gpu/7b"]
     small = table["rows"]["BF16"]["tokens_per_s"]
-    return f"{_table_section(table, records)}\n\n{_large_section(large, small)}\n"
+    return f"{_table_section(table)}\n\n{_large_section(large, small)}\n"
 
 
-def _table_section(record, records):
+def _table_section(record):
     head = (
         "method",
         "KL",
@@ -212,22 +212,21 @@ def _table_section(record, records):
     )
     rows = [head, ("---",) * len(head)]
     for name, row in _measured(record["rows"], ON_GPU):
-        cost, quality = (records[f"table/{name}"][part] for part in ("cost", "quality"))
+        low, high = row["kl"]["interval"]
         rows.append(
             (
                 name,
-                f"{row['kl']['value']:.4f}",
-                f"{quality['kl']['value']:.4f}",
                 f"{row['perplexity']['value']:.2f}",
+                f"{row['kl']['value']:.4f}",
+                f"{low:.4f} to {high:.4f}",
                 f"{row['quantize_s']:.1f} s",
-                f"{cost['quantize_s']:.1f} s",
                 f"{row['quantize_peak_mb']} MB",
                 f"{row['tokens_per_s']:.1f}",
             )
         )
     return (
-        f"The embedded model on {_where(record)}, by the protocol of the summary table, whose "
-        "numbers from a CPU stand beside; the reference is the float32 model on the same device. "
+        f"The embedded model on {_where(record)}, by the protocol of the summary table above; "
+        "the reference is the float32 model on the same device. "
         "Time and the most memory that PyTorch allocated are those of making the model. Tokens per "
         "second, one at a time, say little about the formats: what they wait for is not the "
         "memory, see below.\n\n"
