@@ -53,6 +53,15 @@ class OnCard(torch.Tensor):
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
         return compute(operation, args, kwargs or {})
 
+    @property
+    def data(self):
+        return OnCard(self.held.detach())
+
+    @data.setter
+    def data(self, other):
+        torch.Tensor.data.__set__(self, other)  # data type and shape; the numbers are in `held`
+        self.held = other.held
+
     def data_ptr(self):
         return self.held.data_ptr()
 
@@ -78,7 +87,10 @@ def compute(operation, args, kwargs):
         on_card = isinstance(args[0], OnCard)
     if kwargs.get("device") is not None:
         on_card = torch.device(kwargs["device"]).type == "card"
-        flat = [torch.device("cpu") if isinstance(each, torch.device) else each for each in flat]
+        flat = [
+            torch.device("cpu") if isinstance(each, torch.device) and each.type == "card" else each
+            for each in flat
+        ]
     held = [each.held if isinstance(each, OnCard) else each for each in flat]
     args, kwargs = tree_unflatten(held, structure)
     result = operation(*args, **kwargs)

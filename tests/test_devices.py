@@ -6,15 +6,18 @@ each within its tolerance; here every tensor has to be in its place, and the cod
 that only round have to be the same.
 """
 
+import re
 import warnings
 
 import pytest
 import stand_in
 import torch
 from test_explorers import toy_model, weight
+from test_models import sharded
 from test_outliers import tiny_gpt2
 from test_static import tiny_llama
 
+from chapter13 import __main__ as main
 from chapter13 import checkpoint, evaluate, models, quantize_model, storage
 from chapter13.dynamic import quantize_dynamic
 from chapter13.explorers.activations import explore_activations
@@ -137,6 +140,32 @@ def test_files(device, tmp_path):
     ]
     for other in again:
         assert torch.equal(other(prompt).logits, logits)
+
+
+@pytest.mark.filterwarnings("ignore:.* calibration tokens span")
+@pytest.mark.parametrize("method", ["affine", "nf4", "gptq"])
+def test_the_command_line(device, method, tmp_path, capsys):
+    """The same files as on the CPU; GPTQ, whose sums decide near ties, as good a model."""
+    folder, text = tmp_path / "model", tmp_path / "text.txt"
+    sharded(folder, llama, torch.bfloat16)
+    text.write_text(" ".join(f"w{i * i % 19}" for i in range(400)), encoding="utf-8")
+    few = ["--calibration-file", text, "--calibration-sequences", 6, "--calibration-length", 32]
+    losses = []
+    for place in (device, "cpu"):
+        out = tmp_path / torch.device(place).type
+        options = ["--method", method, "--group-size", 32, *(few if method == "gptq" else [])]
+        commands = (
+            ["quantize", folder, out, *options],
+            ["evaluate", out, "--reference", folder, "--sequences", 2, "--length", 32],
+        )
+        for command in commands:
+            words = [str(word) for word in (*command, "--device", place)]
+            assert main.main(words) == 0
+        losses.append(float(re.search(r"KL.*: (\S+) ", capsys.readouterr().out)[1]))
+    if method != "gptq" or not TRUE_GPU:
+        for file in (tmp_path / "cpu").iterdir():
+            assert (tmp_path / device.type / file.name).read_bytes() == file.read_bytes(), file.name
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
 def test_kernels_of_the_cpu_are_refused(device):

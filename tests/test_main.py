@@ -28,6 +28,12 @@ FEW = ["--calibration-sequences", "6", "--calibration-length", "32"]
 MAKES = {"llama": tiny_llama, "gpt2": tiny_gpt2}
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """Runs are compared bit for bit here; tests/test_devices.py has the command line elsewhere."""
+    monkeypatch.setenv("CHAPTER13_DEVICE", "cpu")
+
+
 @pytest.fixture(scope="module", params=MAKES)
 def model(request, tmp_path_factory):
     """A folder with a small model in bfloat16, in several files."""
