@@ -296,8 +296,9 @@ def test_values_of_bitsandbytes_on_a_gpu(kind, make, dtype):
     )
     differ = (mine != theirs) & (ours.scale[:, None] > 0)
     scaled = weight.float() * (1 / ours.scale[:, None])
-    # a GPU's fast reciprocal is off by 2 units in the last place, the rest by half a unit each
-    assert ((scaled - (mine + theirs) / 2)[differ].abs() <= 2**-21).all()
+    # thresholds in six decimals are off by half a unit of the last one; a GPU's fast reciprocal
+    # by 2 units in the last place, the rest of the arithmetic by half a unit each
+    assert ((scaled - (mine + theirs) / 2)[differ].abs() <= 5e-7 + 2**-21).all()
     if not differ.any():
         assert torch.equal(ours.dequantize(dtype), functional.dequantize_4bit(packed, state))
 
