@@ -244,7 +244,8 @@ def _large_section(record, small):
         "token at a time. The bound is how often the memory, at "
         f"{record['bandwidth_gb_per_s']} GB/s, can deliver the weights. The embedded model in "
         f"bfloat16, a fiftieth of this one, comes at {small} tokens/s: where that is no faster, "
-        "all wait for the processor, on which Python launches each small kernel.\n\n"
+        "it is not the memory that is waited for, but what a token costs whatever the size, such "
+        "as the launch of each small kernel from Python.\n\n"
         f"{_markdown(rows)}{_missing(record['formats'])}"
     )
 
