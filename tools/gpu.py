@@ -1,4 +1,4 @@
-"""What `make test-gpu` asks first: whether PyTorch finds a GPU, and if not, why."""
+"""What `make test-gpu` and `make bench-gpu` ask first: whether PyTorch finds a GPU, and if not, why."""
 
 import sys
 
@@ -10,5 +10,5 @@ if __name__ == "__main__":
     try:
         device = find_device("cuda")
     except ValueError as error:
-        sys.exit(f"{error}. Nothing was tested.")
+        sys.exit(f"{error}. Nothing was run.")
     print(f"{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}")
