@@ -108,7 +108,7 @@ def test_make_test_gpu_asks_for_a_gpu_first():
         assert asked.returncode == 0
     else:
         assert asked.returncode == 1
-        assert re.fullmatch(r"PyTorch .* finds no GPU: .*\. Nothing was tested\.\n", asked.stderr)
+        assert re.fullmatch(r"PyTorch .* finds no GPU: .*\. Nothing was run\.\n", asked.stderr)
 
 
 def test_linear_weights_are_the_model_s(embedded, weights):

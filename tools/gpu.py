@@ -1,4 +1,4 @@
-"""What `make test-gpu` and `make bench-gpu` ask first: whether PyTorch finds a GPU, and if not, why."""
+"""What `make test-gpu` and `make bench-gpu` ask first: has PyTorch a GPU, and if not, why?"""
 
 import sys
 
