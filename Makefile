@@ -67,7 +67,7 @@ results: data ## measure every row of the summary table that is missing or out o
 bench: data ## measure speed side by side with the reference libraries
 	$(BIN)/python tools/bench.py
 
-bench-gpu: setup ## measure the methods on a GPU, beside the CPU's numbers; stops where there is none
+bench-gpu: setup ## measure the methods on a GPU; stops where there is none
 	@$(BIN)/python tools/gpu.py
 	@$(MAKE) --no-print-directory data
 	$(BIN)/python -m tools.bench_gpu

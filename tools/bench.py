@@ -300,7 +300,7 @@ def readme_section(records):
             "",
         ),
     ]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    table = readme.table(rows)
     return (
         f"Medians on {where['machine']}, torch {versions['torch']}, "
         f"bitsandbytes {versions['bitsandbytes']}, {where['date']}. "
@@ -328,7 +328,7 @@ def models_section(record):
                 f"{two['weights_mb']:.0f} MB",
             )
         )
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    table = readme.table(rows)
     return (
         f"Whole models, one token at a time (batch 1, {where['machine']}, {where['date']}). The "
         f"bound is how often the memory, at {speed} GB/s, can deliver the weights of the two "

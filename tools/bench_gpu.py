@@ -1,4 +1,4 @@
-"""`make bench-gpu`: the methods on a GPU, for a look beside the CPU's numbers.
+"""`make bench-gpu`: the methods on a GPU; notebook 08 has the CPU's losses beside.
 
 The embedded model: rows of the summary table, by the same protocol (tools/table.py), each made and
 measured on the GPU. And a model of Llama-2-7B's shape with random weights, one token at a time. All
@@ -8,18 +8,16 @@ in one process; memory is what PyTorch has allocated.
 """
 
 import copy
-import logging
-import sys
 import time
 import warnings
-from statistics import median
 
 import torch
 
 from chapter13 import corpus, evaluate, models, results
 from chapter13.errors import memory_breakdown
-from tools import bench_models, readme
-from tools.table import EVALUATION, TOKENS, WEIGHTS
+from tools import bench_models, gpu, readme
+from tools.bench_models import LLAMA_2_7B, wait
+from tools.table import EVALUATION, TOKENS, WEIGHTS, told
 from tools.table_rows import MAKERS, MODEL, ROWS
 
 ON_GPU = (
@@ -55,22 +53,8 @@ FORMATS = {  # in bfloat16, as such a model is stored
     "ours nf4": bench_models.ours("nf4", 4, 64, torch.bfloat16),
     "bitsandbytes nf4": bench_models.bitsandbytes(4),
 }
-LLAMA_2_7B = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "vocab_size": 32000,
-}
 SECTION = readme.section("gpu", "make bench-gpu")
 PACKAGES = ("transformers", "bitsandbytes", "torchao")
-
-
-def wait(device):
-    """Until the GPU has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def forget_peak(device):
@@ -104,13 +88,7 @@ def measure_row(row, source, tokenizer, tokens, logits):
         "quantize_peak_mb": peak,
         "tokens_per_s": round(1e3 / bench_models.ms_per_token(made.model, TOKENS), 1),
         "run_peak_mb": peak_mb(device),
-        **{
-            name: {
-                "value": round(score.value, 5),
-                "interval": [round(end, 5) for end in score.interval],
-            }
-            for name, score in zip(("perplexity", "kl"), scores, strict=True)
-        },
+        **{name: told(score) for name, score in zip(("perplexity", "kl"), scores, strict=True)},
     }
 
 
@@ -152,14 +130,8 @@ def measure_format(kind, device, shape):
 def bandwidth(device):
     """GB/s at which the GPU's memory delivers a float32 matrix to a product with a vector."""
     matrix, vector = torch.randn(2**15, 2**14, device=device), torch.randn(2**14, device=device)
-    times = []
-    for _ in range(9):
-        wait(device)
-        start = time.perf_counter()
-        torch.mv(matrix, vector)
-        wait(device)
-        times.append(time.perf_counter() - start)
-    return matrix.nbytes / median(times) / 1e9
+    seconds = bench_models.median_seconds(lambda: torch.mv(matrix, vector), device)
+    return matrix.nbytes / seconds / 1e9
 
 
 def attempt(what, work, *arguments):
@@ -221,7 +193,7 @@ def _table_section(record):
         "Time and the most memory that PyTorch allocated are those of making the model. Tokens per "
         "second, one at a time, say little about the formats: what they wait for is not the "
         "memory, see below.\n\n"
-        f"{_markdown(rows)}{_missing(record['rows'])}"
+        f"{readme.table(rows)}{_missing(record['rows'])}"
     )
 
 
@@ -246,7 +218,7 @@ def _large_section(record, small):
         f"bfloat16, a fiftieth of this one, comes at {small} tokens/s: where that is no faster, "
         "it is not the memory that is waited for, but what a token costs whatever the size, such "
         "as the launch of each small kernel from Python.\n\n"
-        f"{_markdown(rows)}{_missing(record['formats'])}"
+        f"{readme.table(rows)}{_missing(record['formats'])}"
     )
 
 
@@ -260,23 +232,14 @@ def _missing(records):
     return f"\n\nNot measured: {'; '.join(told)}." if told else ""
 
 
-def _markdown(rows):
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
 def _where(record):
     where = record["environment"]
     return f"{where['machine']}, torch {where['versions']['torch']}, {where['date']}"
 
 
 def main():
-    try:
-        device = models.find_device("cuda")
-    except ValueError as error:
-        sys.exit(f"{error}. Nothing was measured.")
-    models.silence_torchao()
-    for logger in bench_models.BITSANDBYTES_NOISE:
-        logging.getLogger(logger).setLevel(logging.ERROR)
+    device = gpu.find("Nothing was measured")
+    bench_models.silence_libraries()
     warnings.simplefilter("ignore")
     speed = bandwidth(device)
     print(f"{torch.cuda.get_device_name(device)}: memory delivers {speed:.0f} GB/s")

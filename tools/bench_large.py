@@ -310,7 +310,7 @@ def large_text(stages):
         "embedded model's vocabulary, 1.07 billion random weights in bfloat16, in 9 files, 2.1 GB. "
         "Time is by the clock, on a machine that may have had other work; that of a processor is "
         "the run's own. Pages of mapped files are taken back by the system when others need the "
-        f"memory; what a run needs is memory of its own.\n\n{_table(rows)}\n\n{words}\n"
+        f"memory; what a run needs is memory of its own.\n\n{readme.table(rows)}\n\n{words}\n"
     )
 
 
@@ -327,12 +327,8 @@ def seven_text(stages):
     return (
         f"And 7B, on {where['machine']}, extrapolated from two blocks of the shape of Llama 2 7B: "
         f"the time of the second times {BLOCKS_OF_7B}, that of writing by its share, and loading. "
-        f"Memory is that of a block, however many there are.\n\n{_table(rows)}\n"
+        f"Memory is that of a block, however many there are.\n\n{readme.table(rows)}\n"
     )
-
-
-def _table(rows):
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
 TEXTS = {"example": example_text, "absmax": large_text, "seven": seven_text}

@@ -27,8 +27,23 @@ from chapter13.fused import fuse
 from chapter13.outliers import quantize_llm_int8
 
 MODELS = {"smollm2-135m": 24, "7B blocks": 12}  # name -> tokens timed
+LLAMA_2_7B = {  # its shape
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+}
 PROMPT = 16  # tokens before the first timed one
 BITSANDBYTES_NOISE = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")
+
+
+def silence_libraries():
+    """torchao's and bitsandbytes' hints on kernels that are not there."""
+    models.silence_torchao()
+    for logger in BITSANDBYTES_NOISE:
+        logging.getLogger(logger).setLevel(logging.ERROR)
 
 
 def build(name):
@@ -37,16 +52,9 @@ def build(name):
         return models.load(device="cpu")[0]
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=2,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        vocab_size=1000,
-    )
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval()
+    blocks = LLAMA_2_7B | {"num_hidden_layers": 2, "vocab_size": 1000}
+    return LlamaForCausalLM(LlamaConfig(**blocks)).eval()
 
 
 def ours(method, bits, group_size, dtype=torch.float32, **options):
@@ -156,20 +164,37 @@ FORMATS = {
 }
 
 
+def wait(device):
+    """Until a GPU has done what it was told; the CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median_seconds(work, device, runs=9):
+    """The median time of a piece of work on a device."""
+    times = []
+    for _ in range(runs):
+        wait(device)
+        start = time.perf_counter()
+        work()
+        wait(device)
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
 def ms_per_token(model, count):
     """The median time of `count` greedy tokens after a prompt, one sequence, in milliseconds."""
     device = model.get_input_embeddings().weight.device
     ids = torch.arange(PROMPT, device=device)[None] + 100
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times = []
     with torch.inference_mode():
         state = model(ids, use_cache=True)
         for _ in range(count):
             token = state.logits[:, -1:].argmax(-1)
-            wait()
+            wait(device)
             start = time.perf_counter()
             state = model(token, past_key_values=state.past_key_values, use_cache=True)
-            wait()
+            wait(device)
             times.append(time.perf_counter() - start)
     return median(times) * 1e3
 
@@ -222,12 +247,7 @@ def bandwidth():
     A maximum does next to nothing with a number; a product in float32 does not come as fast.
     """
     matrix = torch.randn(11008, 4096)
-    times = []
-    for _ in range(9):
-        start = time.perf_counter()
-        matrix.amax()
-        times.append(time.perf_counter() - start)
-    return matrix.nbytes / median(times) / 1e9
+    return matrix.nbytes / median_seconds(matrix.amax, matrix.device) / 1e9
 
 
 def bench():

@@ -13,7 +13,6 @@ interval of the difference to AutoGPTQ. The table goes to data/results.json as "
 
 import argparse
 import json
-import logging
 import subprocess
 import sys
 import tempfile
@@ -205,9 +204,7 @@ def main():
     parser.add_argument("--orders", action="store_true", help="measure our KL's spread alone")
     parser.add_argument("--only", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    models.silence_torchao()
-    for logger in bench_models.BITSANDBYTES_NOISE:
-        logging.getLogger(logger).setLevel(logging.ERROR)
+    bench_models.silence_libraries()
     warnings.filterwarnings("ignore", message=".*calibration tokens span")
     if arguments.only:
         name, *paths = arguments.only

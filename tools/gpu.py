@@ -6,9 +6,15 @@ import torch
 
 from chapter13.models import find_device
 
-if __name__ == "__main__":
+
+def find(otherwise):
+    """The GPU. Where there is none, raises SystemExit with the reason and the words `otherwise`."""
     try:
-        device = find_device("cuda")
+        return find_device("cuda")
     except ValueError as error:
-        sys.exit(f"{error}. Nothing was run.")
+        sys.exit(f"{error}. {otherwise}.")
+
+
+if __name__ == "__main__":
+    device = find("Nothing was run")
     print(f"{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}")

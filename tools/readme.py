@@ -27,6 +27,11 @@ def write(section: tuple[str, str], text: str) -> None:
     FILE.write_text(before + start + text + end + after, encoding="utf-8")
 
 
+def table(rows) -> str:
+    """Rows of words, the heads and the line below them included, as Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
 def _parts(section):
     start, end = section
     before, begun, rest = FILE.read_text(encoding="utf-8").partition(start)

@@ -20,7 +20,6 @@ import cProfile
 import hashlib
 import inspect
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -91,16 +90,20 @@ def measure(row, part):
             evaluate.perplexity_and_kl, made.model, path, tokens, progress=False
         )
         measured = {
-            name: {
-                "value": round(score.value, 5),
-                "interval": [round(end, 5) for end in score.interval],
-                "losses": [round(loss, 6) for loss in score.losses.tolist()],
-            }
+            name: told(score) | {"losses": [round(loss, 6) for loss in score.losses.tolist()]}
             for name, score in zip(("perplexity", "kl"), scores, strict=True)
         }
     # told by this process: another one may have other threads
     where = results.environment(("transformers", *row.packages))
     return measured | {"peer": made.versions, "files": files_of(profile), "environment": where}
+
+
+def told(score):
+    """A score as data/results.json has it."""
+    return {
+        "value": round(score.value, 5),
+        "interval": [round(end, 5) for end in score.interval],
+    }
 
 
 def cost(made):
@@ -314,7 +317,7 @@ def readme_section(records):
                 "" if cost["tokens_per_s"] is None else f"{cost['tokens_per_s']:.0f}",
             )
         )
-    body = "\n".join("| " + " | ".join(row) + " |" for row in table)
+    body = readme.table(table)
     return (
         f"The embedded model on {EVALUATION[0]} x {EVALUATION[1]} held-out tokens; "
         f"losses on {where['quality']}; memory and speed on {where['cost']}. Bits per "
@@ -340,9 +343,7 @@ def main():
     by_name = {row.name: row for row in ROWS}
     if arguments.measure:
         name, part = arguments.measure
-        models.silence_torchao()
-        for logger in bench_models.BITSANDBYTES_NOISE:
-            logging.getLogger(logger).setLevel(logging.ERROR)
+        bench_models.silence_libraries()
         warnings.simplefilter("ignore")
         print(json.dumps(measure(by_name[name], part)))
         return
