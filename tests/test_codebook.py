@@ -303,14 +303,25 @@ def test_values_of_bitsandbytes_on_a_gpu(kind, make, dtype):
         assert torch.equal(ours.dequantize(dtype), functional.dequantize_4bit(packed, state))
 
 
+def second_level_scaled(ours, absmax):
+    """What double quantization looks up in the dynamic code book: numbers from -1 to 1."""
+    scales = ours.stored_scale.scale.view(-1).repeat_interleave(256)[: len(absmax)]
+    return (absmax - ours.scale_offset) / scales
+
+
+def nearest_second_level(ours, absmax):
+    """The codes nearest to these, without bitsandbytes' 65536 steps."""
+    book = dynamic_code_book()
+    return torch.bucketize(second_level_scaled(ours, absmax), (book[:-1] + book[1:]) / 2)
+
+
 def check_nearly_nearest(ours, theirs, absmax):
     """Second-level codes: `theirs` are the nearest, ours may be further by what the steps move.
 
     To one of 65536 steps from -1 to 1 a number moves by 1/65535 at most, half a step. Near zero,
     where the code book is finer than the steps, codes that far apart may be several apart.
     """
-    book, scales = dynamic_code_book().to(absmax.device), ours.stored_scale.scale.view(-1)
-    scaled = (absmax - ours.scale_offset) / scales.repeat_interleave(256)[: len(absmax)]
+    book, scaled = dynamic_code_book().to(absmax.device), second_level_scaled(ours, absmax)
     far = (book[ours.stored_scale.codes().long()] - scaled).abs()
     near = (book[theirs.long()] - scaled).abs()
     rounding = 2**-21  # a GPU's fast reciprocal is off by 2 units in the last place
@@ -322,11 +333,22 @@ def test_what_the_steps_of_the_second_level_cost():
     weight = random((4096, 64))
     ours = quantize_codebook(weight, "nf4", double_quant=True)
     absmax = quantize_codebook(weight, "nf4").scale
-    scales = ours.stored_scale.scale.view(-1).repeat_interleave(256)
-    book = dynamic_code_book()
-    nearest = torch.bucketize((absmax - ours.scale_offset) / scales, (book[:-1] + book[1:]) / 2)
+    nearest = nearest_second_level(ours, absmax)
     assert (nearest != ours.stored_scale.codes()).any()
     check_nearly_nearest(ours, nearest, absmax)
+
+
+def test_the_steps_move_few_scales_of_the_real_model(weights):
+    """Notebook 05 says how many, and takes less than 1% of a layer's for granted."""
+    shares, moved, count = [], 0, 0
+    for weight in weights.values():
+        ours = quantize_codebook(weight, "nf4", double_quant=True)
+        absmax = quantize_codebook(weight, "nf4").scale
+        differ = nearest_second_level(ours, absmax) != ours.stored_scale.codes().view(-1)
+        shares.append(differ.double().mean().item())
+        moved, count = moved + int(differ.sum()), count + len(absmax)
+    assert max(shares) < 0.01
+    assert f"{moved / count:.1%}" == "0.2%"
 
 
 @needs_gpu
