@@ -189,6 +189,17 @@ def test_integer_product_is_exact(fast, monkeypatch):
     )
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rows", [1, 16, 37])
+def test_the_integer_product_is_exact_on_a_gpu(rows):
+    """CUDA's kernel wants more than 16 rows and multiples of 8, and gets them by padding."""
+    a, b = (
+        torch.randint(-128, 128, (count, 1003), generator=generator()).to(torch.int8)
+        for count in (rows, 51)
+    )
+    assert torch.equal(int8_matmul(a.cuda(), b.cuda()).cpu(), (a.long() @ b.long().T).int())
+
+
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_token"])
 @pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 5, 64)])
 def test_output_is_what_codes_stand_for(granularity, shape):
