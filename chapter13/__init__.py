@@ -5,7 +5,6 @@ order: packing, tensors, integer, codebook, layers, errors, linear, quantize, ev
 """
 
 from chapter13.codebook import quantize_codebook
-from chapter13.errors import model_size_mb
 from chapter13.integer import (
     dequantize_absmax_int8,
     quantize_absmax,
@@ -15,6 +14,7 @@ from chapter13.integer import (
     quantize_int4_absmax,
     quantize_per_channel,
 )
+from chapter13.measures import model_size_mb
 from chapter13.quantize import quantize_model
 from chapter13.tensors import QuantizedTensor
 

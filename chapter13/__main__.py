@@ -21,11 +21,12 @@ from pathlib import Path
 
 import torch
 
-from chapter13 import checkpoint, corpus, evaluate, models, storage
-from chapter13.blocks import outside_blocks
+from chapter13 import checkpoint, corpus, evaluate, models
 from chapter13.codebook import CODE_BOOKS
-from chapter13.layers import linear_layers, weight_of
 from chapter13.quantize import LEARNED, ROUNDING, check_groups, quantize_model, report
+from chapter13.whole_model import storage
+from chapter13.whole_model.layers import linear_layers, weight_of
+from chapter13.whole_model.walk import outside_blocks
 
 DEVICE = "cpu, cuda, ...; default: CHAPTER13_DEVICE if it is set, else the GPU if there is one"
 OWN = "quantized.safetensors"  # in a folder with NF4 or FP4

@@ -31,12 +31,12 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from chapter13.blocks import Walk
 from chapter13.integer import affine_grid, nonzero, quantize_affine
-from chapter13.layers import linear_layers, put_weight, stored, weight_of
 from chapter13.outliers import SMOOTHED
 from chapter13.packing import check_bits
 from chapter13.tensors import QuantizedTensor, check_finite, grouped
+from chapter13.whole_model.layers import linear_layers, put_weight, stored, weight_of
+from chapter13.whole_model.walk import Walk
 
 RATIOS = tuple(step / 20 for step in range(20))  # r
 CUTS = tuple(1 - step / 20 for step in range(10))  # of a group's largest magnitude

@@ -29,11 +29,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from chapter13.layers import linear_layers, weight_of
-from chapter13.linear import QuantizedLinear
 from chapter13.models import skeleton
 from chapter13.packing import pack, unpack
 from chapter13.tensors import QuantizedTensor, scale_shape
+from chapter13.whole_model.layers import linear_layers, weight_of
+from chapter13.whole_model.linear import QuantizedLinear
 
 FORMATS = ("gptq", "gptq_v2")
 BITS = (2, 3, 4, 8)

@@ -11,8 +11,8 @@ import random
 
 import torch
 
-from chapter13.convert import permutation
-from chapter13.download import require
+from chapter13.fetch.convert import permutation
+from chapter13.fetch.download import require
 
 SEED = 13
 

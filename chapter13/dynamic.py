@@ -18,8 +18,8 @@ import math
 import torch
 from torch import nn
 
-from chapter13.layers import replace_layers, weight_of
 from chapter13.tensors import check_finite, check_weight, grouped
+from chapter13.whole_model.layers import replace_layers, weight_of
 
 GRANULARITIES = ("per_tensor", "per_token")
 _STEPS = 127.5  # both libraries divide the range from -absmax to absmax into 255 steps

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from chapter13.blocks import check_tokens
+from chapter13.whole_model.walk import check_tokens
 
 RESAMPLES = 2000  # of the bootstrap
 SEED = 13

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from chapter13.dynamic import int8_matmul
-from chapter13.layers import is_conv1d, linear_layers, replace_layers, weight_of
 from chapter13.static import Statistics
 from chapter13.tensors import check_finite, check_weight, grouped
+from chapter13.whole_model.layers import is_conv1d, linear_layers, replace_layers, weight_of
 
 # which norm feeds which linear layers, by the name that a transformer block has in its model
 SMOOTHED = {

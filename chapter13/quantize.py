@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from chapter13 import awq
-from chapter13.blocks import outside_blocks
 from chapter13.codebook import CODE_BOOKS, quantize_codebook
 from chapter13.integer import quantize_absmax, quantize_affine
-from chapter13.layers import linear_layers, replace_layers, weight_of
-from chapter13.learned import gptq_block, quantize_blocks
-from chapter13.linear import QuantizedLinear
 from chapter13.packing import check_bits
 from chapter13.tensors import QuantizedTensor
+from chapter13.whole_model.blockwise import gptq_block, quantize_blocks
+from chapter13.whole_model.layers import linear_layers, replace_layers, weight_of
+from chapter13.whole_model.linear import QuantizedLinear
+from chapter13.whole_model.walk import outside_blocks
 
 ROUNDING = ("absmax", "affine", "nf4", "fp4")
 LEARNED = {"gptq": gptq_block, "awq": awq.quantize_block}

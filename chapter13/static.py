@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from chapter13.dynamic import Int8Linear, int8_matmul
-from chapter13.layers import linear_layers, replace_layers, weight_of
+from chapter13.whole_model.layers import linear_layers, replace_layers, weight_of
 
 OBSERVERS = ("minmax", "percentile", "mse")
 BINS = 2048

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from chapter13.errors import max_abs_error, mse
 from chapter13.explorers.absmax import DRAWN, explore_absmax, prepare, view
 from chapter13.integer import quantize_absmax
+from chapter13.measures import max_abs_error, mse
 
 OUTLIERS = [2 ** (step / 4) for step in range(41)]  # every position of the slider
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from chapter13.dynamic import quantize_per_tensor, quantize_per_token
-from chapter13.errors import sqnr_db
 from chapter13.explorers.activations import explore_activations, view
+from chapter13.measures import sqnr_db
 from chapter13.outliers import quantize_rows
 from chapter13.plots.activations import METHODS, SHOWN, bars, outlier_map
 

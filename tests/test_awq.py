@@ -10,8 +10,8 @@ from test_static import TOKENS, tiny_llama
 from torch import nn
 
 from chapter13 import awq, quantize_affine
-from chapter13.blocks import Walk
-from chapter13.layers import linear_layers, weight_of
+from chapter13.whole_model.layers import linear_layers, weight_of
+from chapter13.whole_model.walk import Walk
 
 
 def generator(seed=13):
@@ -460,7 +460,7 @@ def test_never_worse_than_plain_rounding_by_its_own_measure(make):
 def test_batches_make_no_difference_but_for_rounding(make, monkeypatch):
     """Three batches in place of one: the same r and cuts, as the sums differ by roundings alone."""
     _, whole = quantize_all(make(), group_size=32)
-    monkeypatch.setattr("chapter13.blocks.TOKENS_AT_ONCE", 24)
+    monkeypatch.setattr("chapter13.whole_model.walk.TOKENS_AT_ONCE", 24)
     walk, parts = quantize_all(make(), group_size=32)
     assert len(walk.hidden) == 3
     for one, other in zip(whole, parts, strict=True):

@@ -25,7 +25,7 @@ from chapter13.checkpoint import (
     to_words,
 )
 from chapter13.integer import quantize_absmax, quantize_affine
-from chapter13.linear import QuantizedLinear
+from chapter13.whole_model.linear import QuantizedLinear
 from tools import peers
 
 UP = "model.layers.0.mlp.up_proj"

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from chapter13.codebook import nf4_code_book, quantize_codebook
-from chapter13.errors import relative_rmse
 from chapter13.explorers.codebooks import (
     BINS,
     GROUP_SIZES,
@@ -20,6 +19,7 @@ from chapter13.explorers.codebooks import (
     view,
 )
 from chapter13.integer import quantize_absmax, quantize_affine
+from chapter13.measures import relative_rmse
 from chapter13.plots import codebooks as pictures
 
 ROWS, COLUMNS = 24, 576

@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from chapter13 import corpus, models
-from chapter13.convert import Shuffle, shuffles
-from chapter13.download import require
+from chapter13.fetch.convert import Shuffle, shuffles
+from chapter13.fetch.download import require
 
 # Two conversions give the same bytes, and so should every machine.
 MODEL_SHA256 = "6f017131bb35378592de4c02138f8e331b1dc8c6b41f6bc09bb0674247864532"

@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
-from chapter13 import corpus, models, wiki
+from chapter13 import corpus, models
+from chapter13.fetch import wiki
 
 
 @pytest.fixture(scope="module")

@@ -18,15 +18,16 @@ from test_outliers import tiny_gpt2
 from test_static import tiny_llama
 
 from chapter13 import __main__ as main
-from chapter13 import checkpoint, evaluate, models, quantize_model, storage
+from chapter13 import checkpoint, evaluate, models, quantize_model
 from chapter13.dynamic import quantize_dynamic
 from chapter13.explorers.activations import explore_activations
 from chapter13.explorers.awq import explore_awq
 from chapter13.explorers.gptq import collect
 from chapter13.explorers.text import explore_text
-from chapter13.fused import fuse
 from chapter13.outliers import quantize_llm_int8, smooth
 from chapter13.static import calibrate, quantize_static
+from chapter13.whole_model import storage
+from chapter13.whole_model.fused import fuse
 
 TRUE_GPU = torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(

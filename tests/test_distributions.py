@@ -9,7 +9,6 @@ import torch
 
 from chapter13 import awq, corpus, gptq, models, quantize_absmax, quantize_affine, quantize_codebook
 from chapter13.codebook import CODE_BOOKS
-from chapter13.errors import max_abs_error, mse, sqnr_db
 from chapter13.explorers import distributions
 from chapter13.explorers.distributions import (
     EDGES,
@@ -25,6 +24,7 @@ from chapter13.explorers.distributions import (
     prepare,
     view,
 )
+from chapter13.measures import max_abs_error, mse, sqnr_db
 from chapter13.plots.distributions import percent
 
 BITS = range(2, 9)

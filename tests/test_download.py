@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from chapter13 import corpus, download, models
+from chapter13 import corpus, models
+from chapter13.fetch import download
 
 
 def make_wheel(folder: Path, text: str) -> download.Wheel:
@@ -158,7 +159,7 @@ def test_a_download_that_was_interrupted_before_is_not_repeated(data, wheels, mo
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from chapter13 import download
+from chapter13.fetch import download
 
 def build(wheel, folder, scratch):
     (folder / "text.txt").write_text("half")
@@ -251,14 +252,14 @@ def test_two_runs_at_once_convert_once(data, wheels, monkeypatch):
 
 @pytest.mark.parametrize("read", [models.linear_weights, models.load, corpus.news])
 def test_missing_data_says_what_to_do(data, read):
-    with pytest.raises(FileNotFoundError, match=r"make data.*python -m chapter13\.download"):
+    with pytest.raises(FileNotFoundError, match=r"make data.*python -m chapter13\.fetch"):
         read()
 
 
 def test_a_run_with_all_in_place_reads_almost_nothing(monkeypatch):
     """On the real data: no hashing, no heavy imports, no noticeable time."""
     program = (
-        "import sys, time; from chapter13 import download; "
+        "import sys, time; from chapter13.fetch import download; "
         "download.sha256 = None; start = time.perf_counter(); download.main(); "
         "print(time.perf_counter() - start, 'transformers' in sys.modules)"
     )

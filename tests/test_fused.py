@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from chapter13 import fused, quantize_absmax, quantize_affine, quantize_codebook, quantize_model
-from chapter13.errors import memory_breakdown
-from chapter13.fused import FusedLinear, fuse, interleave, why_not
-from chapter13.linear import QuantizedLinear
+from chapter13 import quantize_absmax, quantize_affine, quantize_codebook, quantize_model
+from chapter13.measures import memory_breakdown
+from chapter13.whole_model import fused
+from chapter13.whole_model.fused import FusedLinear, fuse, interleave, why_not
+from chapter13.whole_model.linear import QuantizedLinear
 
 U = 2**-24  # half a unit in the last place of float32, relative
 V = 2**-8  # the same of bfloat16

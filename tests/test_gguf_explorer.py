@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from chapter13 import models, quantize_absmax, quantize_affine, quantize_codebook
-from chapter13.errors import relative_rmse
 from chapter13.explorers.codebooks import student_t
 from chapter13.explorers.gguf import SIZES, all_levels, explore_gguf, prepare, view
 from chapter13.gguf_blocks import ENCODERS, quantize, read
+from chapter13.measures import relative_rmse
 from chapter13.plots import gguf as pictures
 
 ROWS, COLUMNS = 24, 576

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from chapter13 import gptq, quantize_affine
-from chapter13.errors import relative_rmse
 from chapter13.explorers.gptq import (
     BINS,
     CORRELATIONS,
@@ -24,6 +23,7 @@ from chapter13.explorers.gptq import (
     layer_view,
     steps,
 )
+from chapter13.measures import relative_rmse
 from chapter13.plots import gptq as pictures
 
 BITS = (2, 3, 4)

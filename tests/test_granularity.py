@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from chapter13.errors import max_abs_error, mse, relative_rmse, sqnr_db
 from chapter13.explorers import granularity
 from chapter13.explorers.granularity import (
     BITS,
@@ -19,6 +18,7 @@ from chapter13.explorers.granularity import (
     view,
 )
 from chapter13.integer import quantize_absmax, quantize_affine
+from chapter13.measures import max_abs_error, mse, relative_rmse, sqnr_db
 from chapter13.plots import granularity as plots
 
 

@@ -6,7 +6,7 @@ from test_outliers import tiny_gpt2
 from test_static import tiny_llama
 from torch import nn
 
-from chapter13.layers import is_conv1d, linear_layers, replace_layers, weight_of
+from chapter13.whole_model.layers import is_conv1d, linear_layers, replace_layers, weight_of
 
 
 def test_gpt2_has_none_that_a_loop_over_linear_would_find():

@@ -8,9 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from chapter13 import linear as module
 from chapter13 import quantize_absmax, quantize_affine, quantize_codebook
-from chapter13.linear import FEW, QuantizedLinear, assemble, describe, int8_product, parts
+from chapter13.whole_model import linear as module
+from chapter13.whole_model.linear import (
+    FEW,
+    QuantizedLinear,
+    assemble,
+    describe,
+    int8_product,
+    parts,
+)
 
 U = 2**-24  # half a unit in the last place of float32, relative
 
@@ -178,7 +185,7 @@ def test_paths_without_an_int8_kernel(monkeypatch):
 def test_as_conv1d():
     from transformers.pytorch_utils import Conv1D
 
-    from chapter13.layers import weight_of
+    from chapter13.whole_model.layers import weight_of
 
     conv = Conv1D(48, 64)
     conv.bias.data = matrix(48)

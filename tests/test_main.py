@@ -17,9 +17,10 @@ from test_outliers import tiny_gpt2
 from test_static import TOKENS, tiny_llama
 
 from chapter13 import __main__ as command
-from chapter13 import corpus, learned, models, quantize_model, results
-from chapter13.download import CHECKOUT
-from chapter13.linear import QuantizedLinear
+from chapter13 import corpus, models, quantize_model, results
+from chapter13.fetch.download import CHECKOUT
+from chapter13.whole_model import blockwise
+from chapter13.whole_model.linear import QuantizedLinear
 from tools import bench_large, readme
 
 # the few words of the test's tokenizer make poor calibration text, which is said
@@ -276,12 +277,13 @@ def test_too_little_text(llama, tmp_path, capsys):
 ENDING = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from chapter13 import __main__ as command, learned
-save = learned.save_quantized
+from chapter13 import __main__ as command
+from chapter13.whole_model import blockwise
+save = blockwise.save_quantized
 def ending(block, file):
     save(block, file)
     os.kill(os.getpid(), int(sys.argv[1]))
-learned.save_quantized = ending
+blockwise.save_quantized = ending
 sys.exit(command.main(sys.argv[2:]))
 """
 
@@ -311,7 +313,7 @@ def test_the_same_command_goes_on_after_an_interruption(llama, end, method, tmp_
     (folder / "blocks" / ".block-0001.safetensors.1.part").write_bytes(b"half")
     (folder / ".result.x").mkdir()
     (folder / "result").mkdir()
-    saved, save = [], learned.save_quantized
+    saved, save = [], blockwise.save_quantized
     monkeypatch.setattr(learned, "save_quantized", lambda *a: (saved.append(a[1].name), save(*a)))
     assert run(*arguments) == 0
     assert saved == ["block-0001.safetensors"]

@@ -148,7 +148,7 @@ def test_torch_index_reaches_pip(folder):
 def test_test_runs_tests_and_strict_nbval_over_the_course_alone(folder):
     assert make(folder, "test").returncode == 0
     *_, download, pytest_line = log(folder)
-    assert download == "python -m chapter13.download"
+    assert download == "python -m chapter13.fetch"
     device, *words = pytest_line.split()
     assert device == "cpu"
     assert words[:4] == ["python", "-m", "pytest", "tests"]
@@ -162,7 +162,7 @@ def test_test_gpu_runs_the_very_same_elsewhere(folder):
     *_, on_cpu = log(folder)
     assert make(folder, "test-gpu").returncode == 0
     *_, asked, download, on_gpu = log(folder)
-    assert (asked, download) == ("gpu?", "python -m chapter13.download")
+    assert (asked, download) == ("gpu?", "python -m chapter13.fetch")
     assert on_gpu == on_cpu.replace("cpu ", "cuda ", 1)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from chapter13 import memory, quantize_absmax, quantize_codebook
-from chapter13.download import require
+from chapter13.fetch.download import require
 from chapter13.memory import FORMATS, SHAPES, Shape
 
 EMBEDDED = SHAPES[memory.EMBEDDED]

@@ -23,7 +23,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from chapter13 import models
-from chapter13.download import CHECKOUT, require
+from chapter13.fetch.download import CHECKOUT, require
 
 LINUX = sys.platform == "linux"
 

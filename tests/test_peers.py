@@ -306,7 +306,7 @@ def test_whole_model(peer, tmp_path):
 
     from chapter13 import corpus, models, quantize_model
     from chapter13.checkpoint import load_gptq
-    from chapter13.linear import QuantizedLinear
+    from chapter13.whole_model.linear import QuantizedLinear
 
     model, tokenizer = models.load(device="cpu")
     tokens = corpus.calibration_tokens(tokenizer, 8, 128)

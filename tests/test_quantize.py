@@ -12,11 +12,11 @@ from test_static import TOKENS, tiny_llama
 from torch import nn
 
 from chapter13 import models, quantize, quantize_model
-from chapter13.errors import memory_breakdown, model_size_mb
-from chapter13.layers import is_conv1d, linear_layers, weight_of
-from chapter13.linear import QuantizedLinear
+from chapter13.measures import memory_breakdown, model_size_mb
 from chapter13.quantize import report
-from chapter13.storage import load_quantized, save_quantized
+from chapter13.whole_model.layers import is_conv1d, linear_layers, weight_of
+from chapter13.whole_model.linear import QuantizedLinear
+from chapter13.whole_model.storage import load_quantized, save_quantized
 
 METHODS = {
     "absmax": {"bits": 4, "group_size": 32},

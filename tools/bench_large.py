@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from chapter13 import results
-from chapter13.download import require
+from chapter13.fetch.download import require
 
 sys.path.insert(0, str(results.FILE.parent.parent))  # a script finds its own folder alone
 from tools import readme

@@ -22,9 +22,9 @@ import torch
 
 from chapter13 import models, quantize_model
 from chapter13.dynamic import quantize_dynamic
-from chapter13.errors import memory_breakdown
-from chapter13.fused import fuse
+from chapter13.measures import memory_breakdown
 from chapter13.outliers import quantize_llm_int8
+from chapter13.whole_model.fused import fuse
 
 MODELS = {"smollm2-135m": 24, "7B blocks": 12}  # name -> tokens timed
 LLAMA_2_7B = {  # its shape
@@ -65,7 +65,7 @@ def ours(method, bits, group_size, dtype=torch.float32, **options):
 
 
 def fused(method):
-    """Ours in 4 bits with a fused kernel, borrowed for NF4: see chapter13/fused.py."""
+    """Ours in 4 bits with a fused kernel, borrowed for NF4: see chapter13/whole_model/fused.py."""
     return lambda model: fuse(ours(method, 4, 64)(model))
 
 
@@ -91,7 +91,7 @@ def bitsandbytes(bits, plain=False, double_quant=True):
             logging.getLogger(logger).setLevel(logging.ERROR)
         import bitsandbytes.nn as bnb
 
-        from chapter13.layers import replace_layers
+        from chapter13.whole_model.layers import replace_layers
 
         def make(_, layer):
             weight = layer.weight.data.cpu()  # on the way to a GPU they quantize

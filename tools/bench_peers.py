@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from chapter13 import corpus, evaluate, models, quantize_model, results
-from chapter13.linear import QuantizedLinear
-from chapter13.storage import load_quantized, save_quantized
+from chapter13.whole_model.linear import QuantizedLinear
+from chapter13.whole_model.storage import load_quantized, save_quantized
 
 sys.path.insert(0, str(results.FILE.parent.parent))  # a script finds its own folder alone
 from tools import bench_models, peers
@@ -54,7 +54,7 @@ def nf4(model):
     """bitsandbytes' NF4 in blocks of 64 without double quantization, its values in float32."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    from chapter13.layers import linear_layers
+    from chapter13.whole_model.layers import linear_layers
 
     for layer in linear_layers(model).values():
         quantized = quantize_4bit(layer.weight.detach(), blocksize=64, quant_type="nf4")

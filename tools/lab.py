@@ -32,7 +32,7 @@ def lab_command(arguments):
 
 
 def main():
-    fetched = subprocess.run([sys.executable, "-m", "chapter13.download"], cwd=ROOT)
+    fetched = subprocess.run([sys.executable, "-m", "chapter13.fetch"], cwd=ROOT)
     if fetched.returncode:
         return fetched.returncode  # the download has said what is wrong
     # switches off the news and update pop-ups, in this server only

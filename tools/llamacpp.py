@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from chapter13 import corpus, models, results
-from chapter13.convert import silence_torchao
+from chapter13.fetch.convert import silence_torchao
 from chapter13.gguf_blocks import quantize
 from chapter13.gguf_model import FILE_TYPES, write_model
 from tools import readme

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from chapter13 import corpus, evaluate, models, quantize_model, results
-from chapter13.linear import QuantizedLinear
+from chapter13.whole_model.linear import QuantizedLinear
 
 KEY = "notebooks/06"
 EVALUATION = (8, 256)  # sequences, length

@@ -31,7 +31,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from chapter13 import corpus, download, evaluate, models, results
+from chapter13 import corpus, evaluate, models, results
+from chapter13.fetch import download
 from tools import bench_models, peers, readme
 from tools.table_rows import MAKERS, MODEL, ROWS, Made, calibration_tokens
 

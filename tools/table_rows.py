@@ -13,9 +13,9 @@ from torch import nn
 
 from chapter13 import corpus, gguf_blocks, models, quantize_model
 from chapter13.dynamic import quantize_dynamic
-from chapter13.layers import linear_layers
 from chapter13.outliers import quantize_llm_int8, smooth
 from chapter13.static import calibrate, quantize_static
+from chapter13.whole_model.layers import linear_layers
 from tools import bench_models, llamacpp, peers
 
 CALIBRATION = (16, 256)  # sequences, length

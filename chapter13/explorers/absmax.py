@@ -14,9 +14,9 @@ import ipywidgets as widgets
 import numpy as np
 import torch
 
-from chapter13.errors import max_abs_error
 from chapter13.explorers.base import Explorer, lines, outlier_slider
 from chapter13.integer import quantize_absmax
+from chapter13.measures import max_abs_error
 from chapter13.models import linear_weights
 from chapter13.packing import packed_size
 from chapter13.plots.absmax import AbsmaxFigure

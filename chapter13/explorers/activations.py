@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from chapter13.dynamic import Int8Linear
-from chapter13.errors import sqnr_db
 from chapter13.explorers.base import Explorer, lines
+from chapter13.measures import sqnr_db
 from chapter13.outliers import MixedLinear, smoothing, split_outliers
 from chapter13.plots.activations import METHODS, SHOWN, ActivationsFigure
 from chapter13.static import StaticInt8Linear, Statistics

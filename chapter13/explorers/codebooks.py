@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from chapter13.codebook import quantize_codebook
-from chapter13.errors import mse
 from chapter13.explorers.base import Explorer, lines, outlier_slider
 from chapter13.integer import quantize_absmax, quantize_affine
+from chapter13.measures import mse
 from chapter13.models import linear_weights
 from chapter13.plots.codebooks import CodeBookFigure
 from chapter13.tensors import QuantizedTensor

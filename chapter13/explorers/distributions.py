@@ -12,17 +12,17 @@ import numpy as np
 import torch
 
 from chapter13 import awq, gptq
-from chapter13.blocks import Walk
 from chapter13.codebook import quantize_codebook
 from chapter13.corpus import calibration_tokens
-from chapter13.errors import max_abs_error, mse
 from chapter13.explorers.base import Explorer, lines, outlier_slider
 from chapter13.explorers.codebooks import METHODS as LABELS
 from chapter13.explorers.codebooks import integer_grid
 from chapter13.integer import quantize_absmax, quantize_affine
+from chapter13.measures import max_abs_error, mse
 from chapter13.models import LINEARS, linear_weights, load
 from chapter13.plots.distributions import DistributionsFigure, percent
 from chapter13.tensors import QuantizedTensor
+from chapter13.whole_model.walk import Walk
 
 MOST = 1 << 20  # weights; of a larger matrix as many whole rows as make these are shown
 DRAWN = 100_000  # weights that make histograms and Q-Q plot; the readout and the codes are of all

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from chapter13.codebook import quantize_codebook
-from chapter13.errors import relative_rmse
 from chapter13.explorers.base import Explorer, lines, outlier_slider
 from chapter13.explorers.codebooks import MOST, integer_grid
 from chapter13.gguf_blocks import ENCODERS, BlockTensor, quantize, read
 from chapter13.gguf_model import gguf_name
+from chapter13.measures import relative_rmse
 from chapter13.models import gguf_path, linear_weights
 from chapter13.plots.gguf import GGUFFigure
 

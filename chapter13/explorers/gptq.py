@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from chapter13 import gptq
-from chapter13.errors import relative_rmse
 from chapter13.explorers.base import Explorer, lines
 from chapter13.grids import Grid, fit_grid
 from chapter13.integer import quantize_affine
+from chapter13.measures import relative_rmse
 from chapter13.plots.gptq import ColumnsFigure, LayerFigure
 
 METHODS = {"affine": "round to nearest", "gptq": "GPTQ"}
@@ -170,7 +170,7 @@ def collect(model, tokens: torch.Tensor, block: int) -> dict[str, torch.Tensor]:
 
     `tokens`: int64 (sequences, length). The model is not changed.
     """
-    from chapter13.blocks import Walk
+    from chapter13.whole_model.walk import Walk
 
     walk, kept = Walk(model, tokens), {}
     for index in range(block):

@@ -13,9 +13,9 @@ import ipywidgets as widgets
 import numpy as np
 import torch
 
-from chapter13.errors import relative_rmse
 from chapter13.explorers.base import Explorer, lines
 from chapter13.integer import quantize_absmax, quantize_affine
+from chapter13.measures import relative_rmse
 from chapter13.models import linear_weights
 from chapter13.plots.granularity import GranularityFigure
 from chapter13.tensors import pieces

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from chapter13 import model_size_mb, quantize_absmax, quantize_model
-from chapter13.errors import cosine, max_abs_error, memory_breakdown, mse, relative_rmse, sqnr_db
+from chapter13.measures import cosine, max_abs_error, memory_breakdown, mse, relative_rmse, sqnr_db
 
 MEASURES = [mse, max_abs_error, relative_rmse, sqnr_db, cosine]
 

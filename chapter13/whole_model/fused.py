@@ -15,8 +15,8 @@ import logging
 import torch
 from torch import nn
 
-from chapter13.linear import KeepsDtypes, QuantizedLinear
 from chapter13.packing import PIECE
+from chapter13.whole_model.linear import KeepsDtypes, QuantizedLinear
 
 GROUP_SIZES = {  # that the kernels know
     "integer": (32, 64, 128, 256),

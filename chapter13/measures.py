@@ -9,7 +9,7 @@ import math
 import torch
 from torch.linalg import vector_norm
 
-from chapter13.layers import is_conv1d
+from chapter13.whole_model.layers import is_conv1d
 
 
 def mse(reference: torch.Tensor, approximation: torch.Tensor) -> float:

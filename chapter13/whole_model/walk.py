@@ -17,7 +17,7 @@ from itertools import chain
 import torch
 from torch import nn
 
-from chapter13.layers import linear_layers
+from chapter13.whole_model.layers import linear_layers
 
 TOKENS_AT_ONCE = 4096  # in one pass through a block
 _PROBE = 8  # tokens that show which layers read the same input

@@ -6,9 +6,9 @@ import weakref
 
 import pytest
 import torch
-from test_blocks import MODELS, tiny
 from test_outliers import tiny_gpt2
 from test_static import TOKENS, tiny_llama
+from test_walk import MODELS, tiny
 
 from chapter13 import (
     awq,
@@ -21,9 +21,9 @@ from chapter13 import (
     quantize_affine,
     quantize_model,
 )
-from chapter13.layers import linear_layers, weight_of
-from chapter13.linear import QuantizedLinear
 from chapter13.quantize import report
+from chapter13.whole_model.layers import linear_layers, weight_of
+from chapter13.whole_model.linear import QuantizedLinear
 
 SMALL = {"bits": 4, "group_size": 16, "calibration": TOKENS, "progress": False}
 # 72 tokens are too few for the 96 inputs of the widest layer, which is said, and no matter here

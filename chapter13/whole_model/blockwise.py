@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from chapter13 import gptq
-from chapter13.blocks import Walk, find_blocks
-from chapter13.layers import linear_layers, put_weight, weight_of
-from chapter13.linear import QuantizedLinear
 from chapter13.packing import pack
-from chapter13.storage import load_quantized, save_quantized
 from chapter13.tensors import QuantizedTensor
+from chapter13.whole_model.layers import linear_layers, put_weight, weight_of
+from chapter13.whole_model.linear import QuantizedLinear
+from chapter13.whole_model.storage import load_quantized, save_quantized
+from chapter13.whole_model.walk import Walk, find_blocks
 
 Learn = Callable[[Walk, int, Callable[[str, float], None]], dict[str, QuantizedTensor]]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from chapter13.layers import linear_layers, replace_layers, weight_of
-from chapter13.linear import QuantizedLinear, assemble
 from chapter13.packing import packed_size
 from chapter13.tensors import QuantizedTensor
+from chapter13.whole_model.layers import linear_layers, replace_layers, weight_of
+from chapter13.whole_model.linear import QuantizedLinear, assemble
 
 _KEY = "chapter13"  # of our description, in the header of a safetensors file
 
