@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 from chapter13 import checkpoint, corpus, evaluate, models
-from chapter13.codebook import CODE_BOOKS
 from chapter13.quantize import LEARNED, ROUNDING, check_groups, quantize_model, report
+from chapter13.tables import CODE_BOOKS
 from chapter13.whole_model import storage
 from chapter13.whole_model.layers import linear_layers, weight_of
 from chapter13.whole_model.walk import outside_blocks

@@ -1,22 +1,8 @@
 """GPTQ's checkpoint format, out and in: what AutoGPTQ, GPTQModel, transformers and vLLM load.
 
-A folder with safetensors, the model's `config.json` and in it a `quantization_config`. Whatever
-method chose the codes, a linear layer with in_features inputs, out_features outputs and `groups`
-groups in a row is stored as
-
-    qweight  int32    (in_features * bits / 32, out_features)   the codes, a column per output
-    qzeros   int32    (groups, out_features * bits / 32)        the zero points
-    scales   float16  (groups, out_features)
-    g_idx    int32    (in_features,)                            the group of each input
-    bias              (out_features,)                           where the layer has one
-
-and stands for weight = (code - zero_point) * scale, with unsigned codes. A `Conv1D` of GPT-2 is
-stored in the same way: its own weight lies transposed, here there is no difference. Codes and
-zero points form streams of bits, each code with its lowest bit first, cut into words of 32; with
-3 bits a code may lie across two words.
-
-There are two formats. "gptq" stores the zero point less one, a slip of the first programs that was
-kept for compatibility, so it cannot hold a zero point of 0. "gptq_v2" stores it as it is.
+A folder with safetensors, the model's `config.json` and in it a `quantization_config`. How a
+weight's codes are stored in 32-bit words is in `gptq_words.py`; here is what makes and reads the
+folder around them.
 """
 
 import json
@@ -29,14 +15,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from chapter13.gptq_words import (
+    BITS,
+    FLOATS,
+    FORMATS,
+    check_shape,
+    check_tensor,
+    from_gptq,
+    to_gptq,
+)
 from chapter13.models import skeleton
-from chapter13.packing import pack, unpack
-from chapter13.tensors import QuantizedTensor, scale_shape
 from chapter13.whole_model.layers import linear_layers, weight_of
-from chapter13.whole_model.linear import QuantizedLinear
+from chapter13.whole_model.linear import QuantizedLinear, quantized_layers
 
-FORMATS = ("gptq", "gptq_v2")
-BITS = (2, 3, 4, 8)
 SHARD = 2**27  # bytes of a file, at most, and of what is in memory of it when it is written
 
 
@@ -83,8 +74,7 @@ def save_gptq(
         raise TypeError(f"needs a model of transformers, not a {type(model).__name__}")
     directory = Path(directory)
     _check_place(directory)
-    modules = model.named_modules()
-    layers = {name: module for name, module in modules if isinstance(module, QuantizedLinear)}
+    layers = quantized_layers(model)
     settings = _settings(model, layers) | {"checkpoint_format": checkpoint_format}
 
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -193,71 +183,6 @@ def load_gptq(directory: Path | str, model: nn.Module | None = None) -> nn.Modul
     return built.eval() if model is None else built
 
 
-def to_gptq(quantized: QuantizedTensor, checkpoint_format: str) -> dict[str, torch.Tensor]:
-    """The format's four tensors of one weight, as the module's docstring describes them.
-
-    `quantized`: (out_features, in_features), absmax or affine, both sides multiples of 32. Raises
-    ValueError for scales that are no float16 numbers, and for zero points of 0 that format "gptq"
-    cannot hold.
-    """
-    rows, columns = quantized.shape
-    bits, half = quantized.bits, 1 << (quantized.bits - 1)
-    codes, scale = quantized.codes().cpu(), quantized.scale.cpu().view(rows, -1)
-    groups = scale.shape[1]
-    if quantized.zero_point is None:
-        codes = codes.view(torch.uint8) + half  # -7 to 7 becomes 1 to 15
-        zero = torch.full((rows, groups), half, dtype=torch.uint8)
-    else:
-        zero = quantized.zero_point.cpu().view(rows, groups)
-    if checkpoint_format == "gptq":
-        codes, zero = _without_zero(codes.view(rows, groups, -1), zero, bits)
-        zero = zero - 1
-    if (wrong := scale.half().float() != scale.float()).any():
-        raise ValueError(
-            f"{int(wrong.sum())} of {scale.numel()} scales are no float16 numbers, which the "
-            "format stores: quantize with scale_dtype=torch.float16"
-        )
-    return {
-        "qweight": to_words(codes.view(rows, columns), bits).T.contiguous(),
-        "qzeros": to_words(zero.T, bits),
-        "scales": scale.half().T.contiguous(),
-        "g_idx": torch.arange(columns, dtype=torch.int32) // (columns // groups),
-    }
-
-
-def to_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Packs each row of uint8 codes into 32-bit words, lowest bits first.
-
-    (rows, count) -> int32 (rows, count * bits / 32). Our own stream has each code's highest bit
-    first: written from the last code to the first, and read from the last byte to the first, it
-    is this one.
-
-    >>> to_words(torch.tensor([[1, 2, 3, 0, 0, 0, 0, 0]], dtype=torch.uint8), bits=4)
-    tensor([[801]], dtype=torch.int32)
-    """
-    stream = pack(codes.reshape(-1).flip(0), bits).flip(0)
-    return stream.view(torch.int32).view(len(codes), -1)
-
-
-def from_words(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """The inverse of `to_words`: int32 (rows, words) -> uint8 (rows, words * 32 / bits)."""
-    count = words.numel() * 32 // bits
-    stream = words.contiguous().view(torch.uint8).view(-1).flip(0)
-    return unpack(stream, bits, count).flip(0).view(len(words), -1)
-
-
-def _without_zero(codes, zero, bits):
-    """Codes (rows, groups, size) and zero points (rows, groups), the same grid without a 0."""
-    low = zero == 0
-    stuck = low & (codes.amax(2) == 2**bits - 1)
-    if stuck.any():
-        raise ValueError(
-            f"{int(stuck.sum())} of {zero.numel()} groups have zero point 0, which format "
-            '"gptq" cannot hold: save with checkpoint_format="gptq_v2"'
-        )
-    return codes + low[..., None], zero + low
-
-
 def _settings(model: nn.Module, layers: dict[str, QuantizedLinear]) -> dict:
     """The quantization_config of a model that the format can hold; else ValueError."""
     if not layers:
@@ -269,7 +194,7 @@ def _settings(model: nn.Module, layers: dict[str, QuantizedLinear]) -> dict:
     symmetric = True
     for name, layer in layers.items():
         weight = layer.quantized
-        if weight.code_book is not None:
+        if weight.kind not in ("absmax", "affine"):
             raise ValueError(
                 f"{name} is quantized with a code book (NF4 or FP4), but the format holds evenly "
                 'spaced levels: use "absmax", "affine" or "gptq"'
@@ -287,7 +212,7 @@ def _settings(model: nn.Module, layers: dict[str, QuantizedLinear]) -> dict:
                 f"other layers {bits} and {group_size!r}: the format holds one setting for all"
             )
         check_shape(name, weight.shape)
-        if weight.packed_zero_point is not None:
+        if weight.kind == "affine":
             symmetric &= bool((weight.zero_point == 1 << (bits - 1)).all())
     return {
         "quant_method": "gptq",
@@ -298,14 +223,6 @@ def _settings(model: nn.Module, layers: dict[str, QuantizedLinear]) -> dict:
         "true_sequential": True,
         "meta": {"quantizer": [f"chapter13:{_own_version()}"]},
     }
-
-
-def check_shape(name: str, shape: torch.Size) -> None:
-    """Raises ValueError for a layer's weight (out_features, in_features) that no words can hold."""
-    if any(side % 32 for side in shape):
-        raise ValueError(
-            f"{name} has shape {tuple(shape)}; the format's words want multiples of 32"
-        )
 
 
 def _model_config(model: nn.Module, settings: dict) -> dict:
@@ -458,94 +375,13 @@ def _own(tensors, name):
     return {part: tensors.get(f"{name}.{part}") for part in parts}
 
 
-def from_gptq(tensors: dict, shape: torch.Size, settings: dict) -> QuantizedTensor:
-    """The affine QuantizedTensor of a layer's four tensors; the inverse of `to_gptq`.
-
-    `shape`: (out_features, in_features). `settings`: a quantization_config. Raises ValueError,
-    beginning with the tensor's name, for what is missing, damaged or cannot be expressed.
-    """
-    rows, columns = shape
-    bits, size = settings["bits"], settings["group_size"]
-    size = columns if size == -1 else size
-    if columns % size or columns * bits % 32 or rows * bits % 32:
-        raise ValueError(f"qweight cannot hold {tuple(shape)} at {bits} bits in groups of {size}")
-    groups = columns // size
-    _check_tensor(tensors, "qweight", (columns * bits // 32, rows), INTEGERS)
-    _check_tensor(tensors, "qzeros", (groups, rows * bits // 32), INTEGERS)
-    _check_tensor(tensors, "scales", (groups, rows), FLOATS)
-    _check_tensor(tensors, "g_idx", (columns,), (torch.int32, torch.int64))
-    if not tensors["scales"].isfinite().all():
-        raise ValueError("scales hold NaN or Inf")
-    if not torch.equal(tensors["g_idx"].long(), torch.arange(columns) // size):
-        raise ValueError(
-            "g_idx puts the inputs into groups out of their order (desc_act): quantize again with "
-            "static groups, or with desc_act=False"
-        )
-    scale = tensors["scales"].T.contiguous()
-    group_size = "channel" if settings["group_size"] == -1 else size
-    return QuantizedTensor(
-        packed=pack(from_words(tensors["qweight"].T, bits), bits),
-        bits=bits,
-        shape=torch.Size(shape),
-        group_size=group_size,
-        stored_scale=(scale.float() if scale.dtype == torch.bfloat16 else scale).view(
-            scale_shape(shape, group_size)
-        ),
-        packed_zero_point=pack(_read_zero(tensors["qzeros"], settings).T, bits),
-    )
-
-
-INTEGERS = (torch.int32,)
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def _check_tensor(tensors, part, shape, dtypes):
-    tensor = tensors[part]
-    if tensor is None:
-        raise ValueError(f"{part} is missing")
-    if tensor.shape != shape or tensor.dtype not in dtypes:
-        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"{part} is {dtype} {list(tensor.shape)}, not {wanted} {list(shape)} as shape, bits "
-            "and group size want"
-        )
-
-
-def _read_zero(qzeros: torch.Tensor, settings: dict) -> torch.Tensor:
-    """The zero points, uint8 (groups, out_features)."""
-    bits = settings["bits"]
-    stored, last = from_words(qzeros, bits), 2**bits - 1
-    if settings["checkpoint_format"] == "gptq_v2":
-        return stored
-    if not (stored == last).any():
-        return stored + 1
-    if not _by_gptqmodel(settings):
-        raise ValueError(
-            f"qzeros hold {int((stored == last).sum())} zero points of 0 or {2**bits}, which "
-            'format "gptq" cannot tell apart: write the checkpoint as "gptq_v2"'
-        )
-    if bits == 3:
-        return stored + 1 & last
-    # it takes one off each code by subtracting whole words: a 0 borrows from its neighbour
-    ones = sum(1 << shift for shift in range(0, 32, bits))
-    return from_words(qzeros + ones, bits)
-
-
-def _by_gptqmodel(settings: dict) -> bool:
-    meta = settings.get("meta")
-    makers = meta.get("quantizer") if isinstance(meta, dict) else None
-    makers = [makers] if isinstance(makers, str) else makers or []
-    return any(str(maker).startswith("gptqmodel:") for maker in makers)
-
-
 def _read_bias(bias: torch.Tensor | None, layer: nn.Module) -> torch.Tensor | None:
     """A layer's bias in float32; AutoGPTQ stores zeros where the model has none."""
     if bias is None:
         if layer.bias is not None:
             raise ValueError("bias is missing")
         return None
-    _check_tensor({"bias": bias}, "bias", (weight_of(layer).shape[0],), FLOATS)
+    check_tensor({"bias": bias}, "bias", (weight_of(layer).shape[0],), FLOATS)
     if layer.bias is not None:
         return bias.float()
     if bias.any():

@@ -6,65 +6,20 @@ the same share of a normal distribution; FP4 is a tiny floating-point format. Do
 quantizes the absmax values themselves to 8 bits.
 """
 
-from functools import cache
-from statistics import NormalDist
-
 import torch
 
 from chapter13.packing import pack
+from chapter13.tables import CODE_BOOKS, dynamic_code_book
 from chapter13.tensors import (
     QuantizedTensor,
     check_finite,
     check_weight,
+    is_group_size,
     pieces,
 )
 
 _TINY = 1e-38  # an absmax below this counts as this much, or its reciprocal would be infinite
 _SCALES_PER_BLOCK = 256  # double quantization: this many absmax values share one scale
-
-
-@cache
-def nf4_code_book() -> torch.Tensor:
-    """The 16 values of NormalFloat4, ascending, float32 (16,).
-
-    Quantiles of the normal distribution in equal steps of probability: eight steps from the
-    outermost quantile to the median above zero, seven below, zero itself, divided by the largest.
-    The precisions mixed here are those of the published table, whose last digits depend on them.
-    """
-    outermost = 0.9677083  # the mean of 1 - 1/30 and 1 - 1/32: half a level off either side's end
-    quantile = NormalDist().inv_cdf
-    positive = [quantile(p) for p in torch.linspace(outermost, 0.5, 9)[:-1].tolist()]
-    negative = [-quantile(p) for p in torch.linspace(outermost, 0.5, 8)[:-1].tolist()]
-    values = torch.tensor(sorted([*negative, 0.0, *positive]))
-    return values / values.max()
-
-
-@cache
-def fp4_code_book() -> torch.Tensor:
-    """The 16 values of bitsandbytes' FP4 by code, float32 (16,): a sign bit and 8 magnitudes.
-
-    Not in ascending order, and not the E2M1 of the OCP standard. Code 8 is a second zero.
-    """
-    magnitudes = torch.tensor([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0]) / 12
-    return torch.cat([magnitudes, -magnitudes]) + 0.0  # both zeros positive
-
-
-@cache
-def dynamic_code_book() -> torch.Tensor:
-    """The signed 8-bit dynamic map (Dettmers 2015), ascending, float32 (256,).
-
-    Seven decades from 1e-7 to 1, each with twice as many values as the one below, at the centres
-    of equal intervals; and zero and one.
-    """
-    values = [0.0, 1.0]
-    for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1)
-        centres = (edges[:-1] + edges[1:]) / 2 * 10 ** (decade - 6)
-        values += centres.tolist() + (-centres).tolist()
-    return torch.tensor(sorted(values))
-
-
-CODE_BOOKS = {"nf4": nf4_code_book, "fp4": fp4_code_book}
 
 
 def quantize_codebook(
@@ -75,13 +30,13 @@ def quantize_codebook(
     Any shape. Packed bytes, absmax and dequantized values equal those of bitsandbytes'
     `quantize_4bit(weight, blocksize=block_size, quant_type=kind, compress_statistics=double_quant)`
     on a CPU, which takes block sizes 32, 64, ... 4096; here any size does. `.scale` is the float32
-    absmax of each block, (blocks,). Raises TypeError for what is no floating-point tensor,
-    ValueError if it is empty or holds NaN or Inf, for another kind, for a block size that is no
+    absmax of each block, (blocks,). Raises TypeError if the weight is not a floating-point tensor,
+    ValueError if it is empty or holds NaN or Inf, for another kind, for a block size that is not a
     positive int, and if double quantization would overflow.
     """
     if kind not in CODE_BOOKS:
         raise ValueError(f"kind must be one of {', '.join(CODE_BOOKS)}, not {kind!r}")
-    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
+    if not is_group_size(block_size):
         raise ValueError(f"block_size must be a positive int, not {block_size!r}")
     weight = check_weight(weight)
     code_book = CODE_BOOKS[kind]()
@@ -91,12 +46,12 @@ def quantize_codebook(
     codes = _nearest_in_blocks(blocks, absmax, block_size, code_book)
     scale, offset = (absmax, None) if not double_quant else _quantize_scales(absmax)
     return QuantizedTensor(
+        kind=kind,
         packed=pack(codes, 4),
         bits=4,
         shape=weight.shape,
         group_size=block_size,
         stored_scale=scale,
-        code_book=code_book,
         scale_offset=offset,
     )
 
@@ -173,10 +128,10 @@ def _quantize_scales(absmax: torch.Tensor) -> tuple[QuantizedTensor, torch.Tenso
     midpoints = (code_book[:-1] + code_book[1:]) / 2
     codes = torch.bucketize(step / 32767.5 - 1, midpoints)
     return QuantizedTensor(
+        kind="dynamic",
         packed=codes.to(torch.uint8),
         bits=8,
         shape=absmax.shape,
         group_size=_SCALES_PER_BLOCK,
         stored_scale=scale,
-        code_book=code_book,
     ), offset

@@ -10,6 +10,7 @@ import json
 import random
 
 import torch
+from torch import nn
 
 from chapter13.fetch.convert import permutation
 from chapter13.fetch.download import require
@@ -76,6 +77,20 @@ def text_tokens(tokenizer, text: str, sequences: int, length: int) -> torch.Tens
     Raises ValueError when the text has fewer sequences of that length.
     """
     return _draw(_encode(tokenizer, [text]), sequences, length, "calibration")
+
+
+def check_tokens(model: nn.Module, tokens: torch.Tensor, what: str = "tokens") -> None:
+    """Raises TypeError or ValueError unless these are tokens of a model, (sequences, length)."""
+    if not isinstance(tokens, torch.Tensor) or tokens.is_floating_point():
+        raise TypeError(f"{what} must be an integer torch.Tensor")
+    if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        raise ValueError(
+            f"{what} must have shape (sequences, length), length 2 at least, "
+            f"not {tuple(tokens.shape)}"
+        )
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if tokens.min() < 0 or tokens.max() >= vocabulary:
+        raise ValueError(f"{what} reach {int(tokens.max())}, the model knows 0 to {vocabulary - 1}")
 
 
 LOTS = {"evaluation": 0.6, "validation": 0.8, "calibration": 1.0}  # upper ends of their shares

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from chapter13.tensors import check_finite, check_weight, grouped
+from chapter13.whole_model.int8 import int8_matmul
 from chapter13.whole_model.layers import replace_layers, weight_of
 
 GRANULARITIES = ("per_tensor", "per_token")
@@ -40,8 +41,8 @@ def quantize_weight_per_tensor(weight: torch.Tensor) -> tuple[torch.Tensor, torc
 def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A symmetric scale for each row: (int8 codes (rows, features), float32 scales (rows, 1)).
 
-    As torchao quantizes activations, row by row, and weights. Rows of zeros get the smallest
-    scale, float32's eps, as all rows do whose own would be smaller. The scale of float16 and
+    As torchao quantizes activations, row by row, and weights. Scales are at least
+    float32's eps. The scale of float16 and
     bfloat16 rows is rounded to their data type, the codes are computed in float32.
     """
     if x.dtype == torch.float64:
@@ -82,32 +83,9 @@ def affine_parameters(low: float, high: float, steps: int = 127) -> tuple[float,
 
 def quantize_affine_7bit(x: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
     """int8 codes 0..127: round(x / scale) + zero point, clipped at both ends."""
-    # torch.ao multiplies by the reciprocal in float32, as processors like it
+    # torch.ao multiplies by the reciprocal in float32, because the x86 kernels do
     codes = (x.float() * torch.tensor(1 / torch.tensor(scale).item())).round_()
     return codes.add_(zero_point).clamp_(0, 127).to(torch.int8)
-
-
-def int8_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a b^T of int8 matrices (rows, features) and (out, features): int32 (rows, out), exact."""
-    if a.device.type == "cpu":
-        if has_fast_int8():
-            return torch._int_mm(a, b.T)
-        # 1024 products of 128 * 128 at most add up to 2**24: float32 holds every such sum
-        parts = zip(a.split(1024, dim=1), b.split(1024, dim=1), strict=True)
-        return sum((x.float() @ y.float().T).int() for x, y in parts)
-    # CUDA's kernel wants more than 16 rows and multiples of 8
-    rows, features = -len(a) % 8 + 24, -a.shape[1] % 8
-    padded_a = nn.functional.pad(a, (0, features, 0, rows))
-    padded_b = nn.functional.pad(b, (0, features, 0, -len(b) % 8))
-    return torch._int_mm(padded_a, padded_b.T.contiguous())[: len(a), : len(b)]
-
-
-def has_fast_int8() -> bool:
-    """Whether this processor multiplies int8 faster than float32; without AVX-512 torch does not.
-
-    (For lack of instructions for it: `torch._int_mm` then goes through the numbers one by one.)
-    """
-    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 class Int8Linear(nn.Module):

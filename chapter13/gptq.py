@@ -18,9 +18,16 @@ import torch
 
 from chapter13.grids import fit_grid
 from chapter13.packing import check_bits, pack
-from chapter13.tensors import QuantizedTensor, check_finite, check_weight, grouped, scale_shape
+from chapter13.tensors import (
+    QuantizedTensor,
+    check_finite,
+    check_group_size,
+    check_weight,
+    grouped,
+    scale_shape,
+)
 
-BLOCK = 64  # columns after whose rounding all the rest is updated at once
+COLUMNS_AT_ONCE = 64  # after these are rounded, all the columns to come are updated at once
 RANKED = 2048  # dimensions, at most, whose rank is computed: of 8192 that takes minutes
 
 
@@ -31,8 +38,8 @@ def hessian(inputs: torch.Tensor | Iterable[torch.Tensor]) -> torch.Tensor:
     not be in memory together. (Dividing by n changes no code; it keeps H within range.)
 
     Warns, with the rank, where the inputs are fewer than the dimensions, or so alike that they span
-    but half of them; beyond RANKED dimensions only where they are fewer, with their number in place
-    of the rank. Raises ValueError for another shape, for no tokens, and for NaN or Inf.
+    only half of them; beyond RANKED dimensions only where they are fewer, with their number in
+    place of the rank. Raises ValueError for another shape, for no tokens, and for NaN or Inf.
     """
     total, n = None, 0
     for x in [inputs] if isinstance(inputs, torch.Tensor) else inputs:
@@ -49,8 +56,8 @@ def hessian(inputs: torch.Tensor | Iterable[torch.Tensor]) -> torch.Tensor:
     large = len(H) > RANKED
     if n < len(H) or not (large or _spans(H)):
         rank = n if large else int(torch.linalg.matrix_rank(_correlation(H), hermitian=True))
-        # Half will do: in float32 a faint direction looks like none, and heads that attend to the
-        # first token alone leave such ones with any text.
+        # Warn only below half: float32 cannot tell a weak direction from a missing one, and heads
+        # that attend to the first token alone leave weak ones with any text.
         if n < len(H) or rank <= len(H) // 2:
             warnings.warn(
                 f"{n} calibration tokens span {rank} of {len(H)} dimensions: what GPTQ moves into "
@@ -86,6 +93,7 @@ def quantize(
     ValueError where the Hessian does not fit the weight, holds NaN or Inf, or cannot be inverted.
     """
     check_bits(bits)
+    group_size = check_group_size(group_size)
     W, H = _checked(weight, hessian, group_size, damp)
     columns = W.shape[1]
     size = columns if group_size == "channel" else group_size
@@ -115,7 +123,7 @@ def quantize(
     group_of = (order // size).tolist()
     start = 0
     while start < columns:
-        stop = min(start + BLOCK, columns)
+        stop = min(start + COLUMNS_AT_ONCE, columns)
         if not act_order:  # a block ends with its group, so that the next group is up to date
             stop = min(stop, (start // size + 1) * size)
             if start % size == 0:
@@ -135,6 +143,7 @@ def quantize(
     scales = torch.stack([grid.scale for grid in grids], dim=1)
     zeros = torch.stack([grid.zero for grid in grids], dim=1)
     return QuantizedTensor(
+        kind="affine",
         packed=pack(codes[order.argsort()].T.contiguous(), bits),
         bits=bits,
         shape=weight.shape,

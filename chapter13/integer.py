@@ -17,10 +17,12 @@ like `torch.nn.Linear.weight`.
 
 import torch
 
+from chapter13.grids import affine_grid, nonzero
 from chapter13.packing import check_bits, pack
 from chapter13.tensors import (
     QuantizedTensor,
     check_finite,
+    check_group_size,
     check_weight,
     grouped,
     pieces,
@@ -32,8 +34,8 @@ from chapter13.tensors import (
 def quantize_absmax_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One scale for the whole tensor: (int8 codes in the weight's shape, float32 scalar scale).
 
-    Any shape. An all-zero tensor has scale 0 and codes 0. Raises TypeError for what is no
-    floating-point tensor, ValueError if it is empty or holds NaN or Inf.
+    Any shape. An all-zero tensor has scale 0 and codes 0. Raises TypeError if it is
+    not a floating-point tensor, ValueError if it is empty or holds NaN or Inf.
 
     >>> codes, scale = quantize_absmax_int8(torch.tensor([1.27, -0.5, 0.004]))
     >>> codes
@@ -85,15 +87,18 @@ def quantize_absmax(
 ) -> QuantizedTensor:
     """Symmetric quantization: packed codes of 2 to 8 bits and one scale for each group.
 
-    `group_size`: None for one scale per tensor, "channel" for one per row, or the number of
-    neighbours in a row that share one. The error of a weight is at most scale / 2. Raises as
+    `group_size`: None for one scale per tensor, "channel" (or -1) for one per row, or the number of
+    neighbours in a row that share one. The error of a weight is at most scale / 2; a group below
+    `steps` * 2**-25, whose scale float16 rounds to 0, becomes zeros. Raises as
     `quantize_per_channel`, and ValueError for bits out of range, a group size that does not divide
     in_features, or a scale that `scale_dtype` cannot hold.
     """
     check_bits(bits)
     weight = check_weight(weight)
+    group_size = check_group_size(group_size)
     scale, codes = _absmax(weight, group_size, 2 ** (bits - 1) - 1, scale_dtype)
     return QuantizedTensor(
+        kind="absmax",
         packed=pack(codes.view(torch.uint8).bitwise_and_(2**bits - 1), bits),
         bits=bits,
         shape=weight.shape,
@@ -117,45 +122,24 @@ def quantize_affine(
     """
     check_bits(bits)
     weight = check_weight(weight)
+    group_size = check_group_size(group_size)
     groups = grouped(weight, group_size)
-    low = groups.amin(1, keepdim=True).float().clamp_(max=0)
-    high = groups.amax(1, keepdim=True).float().clamp_(min=0)
+    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
     check_finite(weight, torch.maximum(high, -low))
-    scale, zero_point = affine_grid(low, high, bits, scale_dtype)
-    divisor, levels = nonzero(scale), 2**bits - 1
+    grid = affine_grid(low, high, bits, scale_dtype)
     codes = torch.empty(groups.shape, dtype=torch.uint8, device=groups.device)
     for rows, columns in pieces(groups):
-        piece = torch.div(groups[rows, columns], divisor[rows]).round_()
-        piece.add_(zero_point[rows]).clamp_(0, levels)
+        piece = grid.rows(rows).codes(groups[rows, columns])
         codes[rows, columns] = piece.to(torch.int16)  # float to uint8 directly is slow
     return QuantizedTensor(
+        kind="affine",
         packed=pack(codes, bits),
         bits=bits,
         shape=weight.shape,
         group_size=group_size,
-        stored_scale=scale.view(scale_shape(weight.shape, group_size)),
-        packed_zero_point=pack(zero_point.to(torch.uint8), bits),
+        stored_scale=grid.scale.to(scale_dtype).view(scale_shape(weight.shape, group_size)),
+        packed_zero_point=pack(grid.zero.to(torch.uint8), bits),
     )
-
-
-def affine_grid(
-    low: torch.Tensor, high: torch.Tensor, bits: int, scale_dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales in `scale_dtype` and zero points in float32 for ranges [low, high], low <= 0 <= high.
-
-    All of one shape, float32. Raises ValueError for a scale that `scale_dtype` cannot hold, and
-    for a grid that would end beyond float32.
-    """
-    levels = 2**bits - 1
-    scale = round_scale((high - low) / levels, high.double() - low, levels, scale_dtype)
-    zero_point = (-low / nonzero(scale)).round_().clamp_(max=levels)
-    ends = torch.maximum(zero_point, levels - zero_point) * scale
-    if not ends.isfinite().all():  # the grid reaches up to half a step beyond the weights
-        raise ValueError(
-            f"weights from {low.min().item():.3g} to {high.max().item():.3g} need a grid that ends "
-            "beyond float32: divide the weight by some power of two first"
-        )
-    return scale, zero_point
 
 
 def _chapter_absmax(weight, group_size, steps):
@@ -178,9 +162,3 @@ def _absmax(weight, group_size, steps, scale_dtype):
         piece = torch.div(groups[rows, columns], divisor[rows])
         codes[rows, columns] = piece.round_().clamp_(-steps, steps)
     return scale.view(scale_shape(weight.shape, group_size)), codes
-
-
-def nonzero(scale: torch.Tensor) -> torch.Tensor:
-    """The scales in float32, with 1 for those of all-zero groups: 0 / 1 is 0, 0 / 0 is not."""
-    scale = scale.float()
-    return torch.where(scale == 0, 1.0, scale)

@@ -13,19 +13,11 @@ scale for all of a token's channels then leaves a handful of codes to the others
 import torch
 from torch import nn
 
-from chapter13.dynamic import int8_matmul
 from chapter13.static import Statistics
 from chapter13.tensors import check_finite, check_weight, grouped
-from chapter13.whole_model.layers import is_conv1d, linear_layers, replace_layers, weight_of
-
-# which norm feeds which linear layers, by the name that a transformer block has in its model
-SMOOTHED = {
-    "LlamaDecoderLayer": {
-        "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
-    },
-    "GPT2Block": {"ln_1": ("attn.c_attn",), "ln_2": ("mlp.c_fc",)},
-}
+from chapter13.whole_model.architectures import SMOOTHED, fold
+from chapter13.whole_model.int8 import int8_matmul
+from chapter13.whole_model.layers import linear_layers, replace_layers, weight_of
 
 
 def quantize_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,8 +111,8 @@ def smoothing(
 ) -> torch.Tensor:
     """SmoothQuant's s of each input channel: absmax_x^alpha / absmax_w^(1 - alpha), (in_features,).
 
-    `weights`: of all linear layers that read these activations. alpha 1 moves all of the difficulty
-    to the weights, 0 none (and that of the weights to the activations).
+    `weights`: of all linear layers that read these activations. alpha = 1 shifts the whole range
+    into the weights; alpha = 0 shifts the weights' range into the activations.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie between 0 and 1, not {alpha!r}")
@@ -163,16 +155,5 @@ def smooth(model: nn.Module, calibration: dict[str, Statistics], alpha: float = 
             scale = smoothing(absmax, weights, alpha)
             plan.append((model.get_submodule(f"{block}.{norm}"), readers, scale))
     for norm, readers, scale in plan:
-        norm.weight = _changed(norm.weight, norm.weight / scale)
-        if getattr(norm, "bias", None) is not None:
-            norm.bias = _changed(norm.bias, norm.bias / scale)
-        for name in readers:
-            layer = layers[name]
-            factor = scale[:, None] if is_conv1d(layer) else scale
-            layer.weight = _changed(layer.weight, layer.weight * factor)
+        fold(norm, [layers[name] for name in readers], scale)
     return model
-
-
-def _changed(old: nn.Parameter, new: torch.Tensor) -> nn.Parameter:
-    """A new parameter: the old one may lie in a mapped file that others read."""
-    return nn.Parameter(new.to(old.dtype), requires_grad=old.requires_grad)

@@ -23,7 +23,7 @@ GPU_PIECE = 1 << 24  # on a GPU each piece costs launches of kernels, so: few, o
 
 
 def piece_size(tensor: torch.Tensor) -> int:
-    """How many elements are worked on at a time where this tensor is."""
+    """Elements to process at once on this tensor's device."""
     return PIECE if tensor.device.type == "cpu" else GPU_PIECE
 
 
@@ -98,6 +98,27 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
             words[:, bytes_in_lane - 1 - byte] = piece[:, byte]
         codes[first : first + step] = _split(words.view(-1), bits, lane).view(-1, codes_in_lane)
     return codes.view(-1)[:count]
+
+
+def cut(packed: torch.Tensor, bits: int, start: int, stop: int) -> torch.Tensor:
+    """Codes `start` to `stop` of a packed stream as a stream of their own, in its own memory.
+
+    The bytes are shifted as they are, unless the cut falls between two of them. Raises ValueError
+    if `bits` is not 2 to 8 or the stream has fewer than `stop` codes.
+    """
+    check_bits(bits)
+    first, shift = divmod(start * bits, 8)
+    last = packed_size(stop, bits)
+    if not 0 <= start <= stop or last > packed.numel():
+        raise ValueError(f"codes {start} to {stop} are not in a stream of {packed.numel()} bytes")
+    part = packed[first:last]
+    if shift:
+        part = torch.cat([part, part.new_zeros(1)])
+        part = part[:-1] << shift | part[1:] >> (8 - shift)
+    part = part[: packed_size(stop - start, bits)].clone()
+    if rest := (stop - start) * bits % 8:  # unused bits are zero
+        part[-1] &= 0xFF << (8 - rest) & 0xFF
+    return part
 
 
 def _lane(bits: int) -> tuple[int, int]:

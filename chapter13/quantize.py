@@ -10,18 +10,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from chapter13 import awq
-from chapter13.codebook import CODE_BOOKS, quantize_codebook
+from chapter13.codebook import quantize_codebook
 from chapter13.integer import quantize_absmax, quantize_affine
 from chapter13.packing import check_bits
-from chapter13.tensors import QuantizedTensor
+from chapter13.tables import CODE_BOOKS
+from chapter13.tensors import QuantizedTensor, check_group_size, is_group_size
+from chapter13.whole_model.awq_block import awq_block
 from chapter13.whole_model.blockwise import gptq_block, quantize_blocks
 from chapter13.whole_model.layers import linear_layers, replace_layers, weight_of
-from chapter13.whole_model.linear import QuantizedLinear
+from chapter13.whole_model.linear import QuantizedLinear, quantized_layers
 from chapter13.whole_model.walk import outside_blocks
 
 ROUNDING = ("absmax", "affine", "nf4", "fp4")
-LEARNED = {"gptq": gptq_block, "awq": awq.quantize_block}
+LEARNED = {"gptq": gptq_block, "awq": awq_block}
 
 
 def quantize_model(
@@ -49,20 +50,26 @@ def quantize_model(
     there. The model's blocks then lie in its files, not in memory.
 
     Changes the model in place and returns it. `report(model)` says what was quantized and what was
-    left. When anything fails, or the reader interrupts, the model is as it was.
+    left. When anything fails, or the reader interrupts, the model is unchanged.
 
     Raises ValueError before any work for an unknown method, bits or group sizes that do not fit
     (naming the layers, and the sizes that fit all of them), for calibration that is missing or not
-    wanted, for a model without linear layers, and where `resume` cannot reach all that a rounding
-    method would quantize; and for a weight with NaN or Inf.
+    wanted, for a model without linear layers, for experts in one tensor, and if `resume` is set and
+    some linear layers lie outside the blocks; later for a weight with NaN or Inf, and for a block
+    that does not compute with quantized layers.
     """
     if method not in (*ROUNDING, *LEARNED):
         names = ", ".join((*ROUNDING, *LEARNED))
         raise ValueError(f"method must be one of {names}, not {method!r}")
     check_bits(bits)
-    all_options = options | {"bits": bits, "group_size": group_size}
-    words = ", ".join(f"{name} {value}" for name, value in sorted(all_options.items()))
-    description = f"{method}, {words}"
+    if method not in CODE_BOOKS:
+        group_size = check_group_size(group_size)
+    elif not is_group_size(group_size):
+        raise ValueError(
+            f"{method} has blocks of a positive number of weights: group_size cannot be "
+            f"{group_size!r}"
+        )
+    settings = {"method": method, "bits": bits, "group_size": group_size, **options}
     if method in LEARNED:
         if calibration is None:
             raise ValueError(
@@ -70,8 +77,8 @@ def quantize_model(
                 "corpus.calibration_tokens(tokenizer, sequences=16, length=256)"
             )
         check_groups(model, group_size)
-        learn = partial(LEARNED[method], **all_options)
-        return quantize_blocks(model, calibration, learn, description, progress, resume)
+        learn = partial(LEARNED[method], bits=bits, group_size=group_size, **options)
+        return quantize_blocks(model, calibration, learn, settings, progress, resume)
     if calibration is not None:
         raise ValueError(f"{method} rounds the weights alone: it takes no calibration tokens")
     if method in CODE_BOOKS:
@@ -100,19 +107,19 @@ def quantize_model(
             "quantize this model without resume"
         )
 
-    def round_block(walk, index, done):
+    def round_block(walk, index, report):
         quantized = {}
         for name, layer in linear_layers(walk.blocks[index]).items():
             quantized[name] = rounded(f"{walk.name}.{index}.{name}", layer)
-            done(name)
+            report(name)
         return quantized
 
-    return quantize_blocks(model, None, round_block, description, progress, resume)
+    return quantize_blocks(model, None, round_block, settings, progress, resume)
 
 
 def report(model: nn.Module) -> str:
     """What of a model is quantized, at how many bits per weight, and what is not: a few lines."""
-    quantized = [m.quantized for m in model.modules() if isinstance(m, QuantizedLinear)]
+    quantized = [layer.quantized for layer in quantized_layers(model).values()]
     weights = sum(each.shape.numel() for each in quantized)
     held = sum(each.nbytes for each in quantized)
     lines = ["no linear layer is quantized"]
@@ -128,18 +135,15 @@ def report(model: nn.Module) -> str:
             dtype = str(parameter.dtype).removeprefix("torch.")
             kept.setdefault(f"{owner} in {dtype}", []).append(parameter.numel())
     for what, counts in kept.items():
-        lines.append(f"left as it was: {what}, {len(counts)} tensors, {sum(counts) / 1e6:.2f}M")
+        lines.append(f"not quantized: {what}, {len(counts)} tensors, {sum(counts) / 1e6:.2f}M")
     return "\n".join(lines)
 
 
 def check_groups(model: nn.Module, group_size: int | str | None) -> None:
-    """Raises ValueError where the group size does not divide the rows of every layer."""
+    """Raises ValueError if the group size is none, or does not divide the rows of every layer."""
+    group_size = check_group_size(group_size)
     if group_size in (None, "channel"):
         return
-    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
-        raise ValueError(
-            f'group_size must be None, "channel" or a positive int, not {group_size!r}'
-        )
     widths = {name: weight_of(layer).shape[1] for name, layer in linear_layers(model).items()}
     wrong = [name for name, width in widths.items() if width % group_size]
     if wrong:

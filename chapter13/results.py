@@ -5,7 +5,6 @@ The file is replaced at once: whoever reads it sees the old or the new one, neve
 """
 
 import json
-import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -13,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from chapter13.atomic import replacing
 
 FILE = Path(__file__).parent.parent / "data" / "results.json"
 
@@ -48,12 +49,8 @@ def forget(key: str, path: Path = FILE) -> None:
 
 
 def _write(records: dict[str, dict], path: Path) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as part:
         part.write_text(json.dumps(records, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def environment(packages: tuple[str, ...] = ()) -> dict:

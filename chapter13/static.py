@@ -10,9 +10,9 @@ may leave out rare extremes on purpose. What scale, an observer decides from wha
 Weights have a scale for each row, as in torchao's `Int8StaticActivationInt8WeightConfig`.
 
 torch.ao's `MinMaxObserver`, symmetric, gives the same scale as "minmax", and its
-`PerChannelMinMaxObserver` the same scales for weights. Its `HistogramObserver` looks for what "mse"
-looks for, another way: it takes 1e-5 of the values off one end after the other and stops as soon as
-its estimate of the error grows, often at once. "mse" tries 128 ends and takes the best.
+`PerChannelMinMaxObserver` the same scales for weights. Its `HistogramObserver` minimises the same
+error as "mse" differently: it takes 1e-5 of the values off one end after the other and stops as
+soon as its estimate of the error grows, often at once. "mse" tries 128 ends and takes the best.
 """
 
 import math
@@ -21,8 +21,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from chapter13.dynamic import Int8Linear, int8_matmul
-from chapter13.whole_model.layers import linear_layers, replace_layers, weight_of
+from chapter13.dynamic import Int8Linear
+from chapter13.whole_model.int8 import int8_matmul
+from chapter13.whole_model.layers import (
+    evaluating,
+    linear_layers,
+    replace_layers,
+    watch,
+    weight_of,
+)
 
 OBSERVERS = ("minmax", "percentile", "mse")
 BINS = 2048
@@ -121,25 +128,16 @@ def calibrate(
     statistics = {
         name: Statistics.empty(weight_of(layer).shape[1]) for name, layer in layers.items()
     }
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs, name=name: statistics[name].add(*inputs))
-        for name, layer in layers.items()
-    ]
-    training = model.training
     device = next(model.parameters()).device
-    try:
-        model.eval()
-        with (
-            torch.inference_mode(),
-            tqdm(total=len(tokens), desc="calibrating", unit=" seq", disable=not progress) as bar,
-        ):
-            for batch in tokens.split(batch_size):
-                model(batch.to(device))
-                bar.update(len(batch))
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.train(training)
+    with (
+        watch(layers, lambda name, args, kwargs: statistics[name].add(*args)),
+        evaluating(model),
+        torch.inference_mode(),
+        tqdm(total=len(tokens), desc="calibrating", unit=" seq", disable=not progress) as bar,
+    ):
+        for batch in tokens.split(batch_size):
+            model(batch.to(device))
+            bar.update(len(batch))
     return statistics
 
 

@@ -10,8 +10,10 @@ from test_static import TOKENS, tiny_llama
 from torch import nn
 
 from chapter13 import awq, quantize_affine
+from chapter13.whole_model.architectures import CHAINED, fold, folds
+from chapter13.whole_model.awq_block import _loss_module, _outputs, awq_block
 from chapter13.whole_model.layers import linear_layers, weight_of
-from chapter13.whole_model.walk import Walk
+from chapter13.whole_model.walk import Walk, tokens_of
 
 
 def generator(seed=13):
@@ -125,7 +127,7 @@ def test_what_a_search_rounds_to_is_what_the_quantizer_stores(bits, group_size, 
     w = torch.randn(48, 64, generator=generator()) * 0.05
     w[0], w[1], w[2, 5], w[3] = 0, w[1].abs(), 30, -0.25
     stored = quantize_affine(w, bits, group_size, scale_dtype).dequantize()
-    assert torch.equal(awq._rounded(w, bits, group_size, scale_dtype), stored)
+    assert torch.equal(awq.round_affine(w, bits, group_size, scale_dtype), stored)
 
 
 # --- the search of scales --------------------------------------------------------------------
@@ -202,14 +204,14 @@ def test_channels_that_are_all_alike_are_not_scaled():
 def test_scales_that_float16_cannot_hold_are_passed_over():
     x = torch.ones(20, 64)
     x[:, 0] = 1e8
-    x[:, 32:] = 0  # 1e-4 at least: their groups shrink until a step is no float16
-    w = torch.randn(8, 64, generator=generator()) * 0.02
+    x[:, 32:] = 0  # 1e-4 at least: the other groups grow until a step is beyond float16
+    w = torch.randn(8, 64, generator=generator()) * 20
     found = awq.search_scale(x.abs().mean(0), [w], lambda tried: [x @ tried[0].T], 4, 32)
     assert torch.inf in found.losses
     assert min(found.losses) < torch.inf
     quantize_affine(w * found.s, 4, 32)
     with pytest.raises(ValueError, match=r"use scale_dtype=torch\.float32"):
-        awq.search_scale(x.abs().mean(0), [w * 1e-7], lambda tried: [x @ tried[0].T], 4, 32)
+        awq.search_scale(x.abs().mean(0), [w * 1e7], lambda tried: [x @ tried[0].T], 4, 32)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -260,7 +262,7 @@ def test_the_cuts_are_a_brute_force_search_s(bits, group_size, tokens):
     assert exact.double().mean() >= 0.97
     assert (chosen[~exact] <= 1.2 * errors.min(0).values[~exact]).all()
     assert step.unique().numel() > 3  # or this data tests nothing
-    cuts = torch.tensor(awq.CUTS)[step]
+    cuts = torch.tensor(awq.CLIP_FRACTIONS)[step]
     assert torch.equal(limit.squeeze(2), cuts * largest)
 
 
@@ -272,12 +274,12 @@ def test_zeros_and_constants_are_not_cut():
     assert limit.squeeze(2).tolist() == [[0, 0], [0.25, 0.25], [0.25, 0.25]]
 
 
-def test_cuts_end_where_float16_does():
-    w = torch.full((2, 32), 1.3e-5)  # a step of 8.7e-07 is held, one of .55 times that is not
+def test_clipping_near_the_ends_of_float16():
+    w = torch.full((2, 32), 1.3e-5)  # a step of 8.7e-07 is subnormal in float16
     x = torch.randn(20, 32, generator=generator())
     assert (awq.search_clip(w, x, 4, 16) == 1.3e-5).all()
     with pytest.raises(ValueError, match=r"use scale_dtype=torch\.float32"):
-        awq.search_clip(w / 100, x, 4, 16)
+        awq.search_clip(w * 1e11, x, 4, 16)
 
 
 # --- AutoAWQ, whose searches were recorded by tools/awq_vectors.py ---------------------------
@@ -337,13 +339,13 @@ def test_folding_leaves_the_function(make):
     model, reference = make().double(), make().double()
     before = dict(model.named_parameters())
     values = {name: parameter.clone() for name, parameter in before.items()}
-    blocks = [module for module in model.modules() if type(module).__name__ in awq.CHAINED]
+    blocks = [module for module in model.modules() if type(module).__name__ in CHAINED]
     for block in blocks:
-        for source, readers in awq.folds(block).items():
+        for source, readers in folds(block).items():
             layers = [block.get_submodule(name) for name in readers]
             width = weight_of(layers[0]).shape[1]
             s = (2 * torch.randn(width, generator=generator())).exp().double()
-            awq.fold(block.get_submodule(source), layers, s)
+            fold(block.get_submodule(source), layers, s)
     with torch.no_grad():
         error = (model(TOKENS).logits - reference(TOKENS).logits).abs().max()
     # the same function in exact numbers; in float64 two roundings a weight, 2**-53 each, pass
@@ -357,7 +359,7 @@ def test_folding_leaves_the_function(make):
 @every_model
 def test_what_is_folded_where(make):
     model = make()
-    block = next(m for m in model.modules() if type(m).__name__ in awq.CHAINED)
+    block = next(m for m in model.modules() if type(m).__name__ in CHAINED)
     chains = {
         tiny_llama: {"mlp.up_proj": ("mlp.down_proj",)},
         tiny_multi_head: {
@@ -368,7 +370,7 @@ def test_what_is_folded_where(make):
     }
     linear = {
         source: readers
-        for source, readers in awq.folds(block).items()
+        for source, readers in folds(block).items()
         if block.get_submodule(source).weight.dim() == 2
     }
     assert linear == chains[make]
@@ -379,14 +381,14 @@ def test_only_the_values_of_c_attn_are_divided():
 
     source, reader = Conv1D(12, 4), Conv1D(6, 4)
     before = source.weight.clone()
-    awq.fold(source, [reader], torch.full((4,), 2.0))
+    fold(source, [reader], torch.full((4,), 2.0))
     assert torch.equal(source.weight[:, :8], before[:, :8])
     assert torch.equal(source.weight[:, 8:], before[:, 8:] / 2)
 
 
 def test_an_unknown_block():
     with pytest.raises(ValueError, match=r"of Sequential it does not\. Known blocks: LlamaDeco"):
-        awq.folds(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)))
+        folds(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)))
 
 
 # --- whole blocks ----------------------------------------------------------------------------
@@ -398,7 +400,7 @@ def ignore(name, loss):
 
 def quantize_all(model, done=ignore, **options):
     walk = Walk(model, TOKENS)
-    return walk, [awq.quantize_block(walk, i, done, **options) for i in range(len(walk.blocks))]
+    return walk, [awq_block(walk, i, done, **options) for i in range(len(walk.blocks))]
 
 
 @every_model
@@ -441,13 +443,13 @@ def test_never_worse_than_plain_rounding_by_its_own_measure(make):
     model = make()
     walk = Walk(model, TOKENS)
     block = walk.blocks[0]
-    plan = awq.folds(block)
-    judges = {source: awq._judge(block, source, readers) for source, readers in plan.items()}
-    seen = awq._calls(walk, 0, {*judges.values(), *(r for rs in plan.values() for r in rs)})
+    plan = folds(block)
+    judges = {source: _loss_module(block, source, readers) for source, readers in plan.items()}
+    seen = walk.calls(0, {*judges.values(), *(r for rs in plan.values() for r in rs)})
     for source, readers in plan.items():
         weights = [weight_of(block.get_submodule(name)) for name in readers]
-        output = awq._outputs(block, judges[source], readers, seen[judges[source]])
-        activation = awq._tokens(seen[readers[0]]).abs().mean(0)
+        output = _outputs(block, judges[source], readers, seen[judges[source]])
+        activation = tokens_of(seen[readers[0]]).abs().mean(0)
         with torch.no_grad():
             found = awq.search_scale(activation, weights, output, 3, 32)
             plain = [quantize_affine(w, 3, 32).dequantize() for w in weights]
@@ -474,10 +476,10 @@ def test_bfloat16_blocks():
     model = tiny_llama().bfloat16()
     wide = copy.deepcopy(model).float()
     walk = Walk(model, TOKENS)
-    quantized = awq.quantize_block(walk, 0, ignore, 4, 32)
+    quantized = awq_block(walk, 0, ignore, 4, 32)
     other = Walk(wide, TOKENS)
     other.hidden = [hidden.clone() for hidden in Walk(copy.deepcopy(model), TOKENS).hidden]
-    expected = awq.quantize_block(other, 0, ignore, 4, 32)
+    expected = awq_block(other, 0, ignore, 4, 32)
     for name, parameter in model.named_parameters():  # the weights stand for codes, to the bit
         block_weight = ".layers.0." in name and name.endswith("_proj.weight")
         assert parameter.dtype == (torch.float32 if block_weight else torch.bfloat16)
@@ -490,14 +492,14 @@ def test_errors_name_the_trouble():
     model = tiny_llama()
     walk = Walk(model, TOKENS)
     with pytest.raises(ValueError, match=r"q_proj: group size 40 does not divide in_features = 64"):
-        awq.quantize_block(walk, 0, ignore, 4, 40)
+        awq_block(walk, 0, ignore, 4, 40)
     with pytest.raises(ValueError, match="bits"):
-        awq.quantize_block(walk, 0, ignore, 9, 32)
+        awq_block(walk, 0, ignore, 9, 32)
     with pytest.raises(ValueError, match="q_proj: AWQ needs a scale per row at least"):
-        awq.quantize_block(walk, 0, ignore, 4, None)
+        awq_block(walk, 0, ignore, 4, None)
     model.model.layers[0].self_attn.q_proj.weight.data[3, 5] = torch.nan
     with pytest.raises(ValueError, match=r"q_proj: .* 1 NaN or Inf among 4096 .* at \[3, 5\]"):
-        awq.quantize_block(Walk(model, TOKENS), 0, ignore, 4, 32)
+        awq_block(Walk(model, TOKENS), 0, ignore, 4, 32)
 
 
 def test_the_real_model_loses_less_than_by_rounding():

@@ -11,17 +11,16 @@ from test_static import TOKENS, tiny_llama
 from test_walk import MODELS, tiny
 
 from chapter13 import (
-    awq,
-    blocks,
     corpus,
     evaluate,
     gptq,
-    learned,
     models,
     quantize_affine,
     quantize_model,
 )
 from chapter13.quantize import report
+from chapter13.whole_model import awq_block, blockwise
+from chapter13.whole_model import walk as walking
 from chapter13.whole_model.layers import linear_layers, weight_of
 from chapter13.whole_model.linear import QuantizedLinear
 
@@ -47,7 +46,7 @@ def assert_same(model, before):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_linear_layer_of_the_blocks(name):
     model, reference = MODELS[name](), MODELS[name]()
-    place, found = blocks.find_blocks(reference)
+    place, found = walking.find_blocks(reference)
     assert quantize_model(model, "gptq", **SMALL) is model
     for layer, old in linear_layers(found).items():
         new = model.get_submodule(f"{place}.{layer}")
@@ -63,7 +62,7 @@ def test_every_linear_layer_of_the_blocks(name):
 @pytest.mark.parametrize("at_once", [4096, 24])
 def test_each_layer_learns_from_quantized_inputs(make, at_once, monkeypatch):
     """Layer by layer by hand: the Hessian of a model whose earlier layers are quantized already."""
-    monkeypatch.setattr(blocks, "TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr(walking, "TOKENS_AT_ONCE", at_once)
     solve, solved = gptq.quantize, []
 
     def recorded(weight, hessian, **options):
@@ -74,8 +73,8 @@ def test_each_layer_learns_from_quantized_inputs(make, at_once, monkeypatch):
     model = quantize_model(make(), "gptq", **SMALL)
 
     by_hand = make()
-    place, found = blocks.find_blocks(by_hand)
-    groups = blocks.Walk(make(), TOKENS).groups(0)
+    place, found = walking.find_blocks(by_hand)
+    groups = walking.Walk(make(), TOKENS).groups(0)
     for index, block in enumerate(found):
         for group in groups:
             seen = []
@@ -103,7 +102,7 @@ def test_each_layer_learns_from_quantized_inputs(make, at_once, monkeypatch):
                 assert torch.equal(ours.codes(), quantized.codes()[rows])
                 assert torch.equal(ours.scale, quantized.scale[rows])
                 assert torch.equal(ours.zero_point, quantized.zero_point[rows])
-                learned.put_weight(module, ours.dequantize())
+                blockwise.put_weight(module, ours.dequantize())
             assert found_rows == quantized.shape[0]
     assert not solved
 
@@ -114,7 +113,7 @@ def test_layers_outside_the_blocks_stay():
     assert outside == {"model.decoder.project_out", "model.decoder.project_in"}
     quantize_model(model, "gptq", **SMALL)
     assert set(linear_layers(model)) == outside
-    assert "left as it was: Linear in float32, 2 tensors" in report(model)
+    assert "not quantized: Linear in float32, 2 tensors" in report(model)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -122,7 +121,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 # called once for layers with the same input, and once a layer
-SOLVERS = {"gptq": (gptq, "quantize"), "awq": (awq, "quantize_affine")}
+SOLVERS = {"gptq": (gptq, "quantize"), "awq": (awq_block, "quantize_affine")}
 CALLS = {("gptq", tiny_llama): 4, ("gptq", tiny_gpt2): 4, ("awq", tiny_llama): 7}  # of a block
 CALLS["awq", tiny_gpt2] = 4
 
@@ -301,7 +300,7 @@ def test_real_layers_lose_less_than_by_rounding(cut):
         hessian = gptq.hessian
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(gptq, "hessian", lambda x: hessians.append(hessian(x)) or hessians[-1])
-            quantized = learned.gptq_block(walk, index, done)
+            quantized = blockwise.gptq_block(walk, index, done)
         for names, H in zip(walk.groups(index), hessians, strict=True):
             for name in names:
                 weight = originals[name]
@@ -310,7 +309,7 @@ def test_real_layers_lose_less_than_by_rounding(cut):
                 ratios.append(ours / gptq.layer_loss(weight, nearest, H))
         return quantized
 
-    learned.quantize_blocks(make(), tokens, compare, "comparing", progress=False)
+    blockwise.quantize_blocks(make(), tokens, compare, {"method": "compare"}, progress=False)
     assert len(ratios) == 28
     assert max(ratios) < 1
 
@@ -336,7 +335,7 @@ def test_the_real_model_is_nearer_to_full_precision(cut):
 
 def test_a_finished_block_leaves_no_full_weights(monkeypatch, tmp_path):
     """With 16 bits on disk, a dequantized copy kept for each block would be the whole memory."""
-    put, written = learned.put_weight, []
+    put, written = blockwise.put_weight, []
 
     def watched(layer, weight):
         put(layer, weight)
@@ -344,7 +343,7 @@ def test_a_finished_block_leaves_no_full_weights(monkeypatch, tmp_path):
         assert len(alive) < 7, alive  # at most those of this block
         written.append((len(written), weakref.ref(layer.weight)))
 
-    monkeypatch.setattr(learned, "put_weight", watched)
+    monkeypatch.setattr(blockwise, "put_weight", watched)
     quantize_model(tiny_llama(), "gptq", resume=tmp_path / "run", **SMALL)
     assert len(written) == 14
     assert all(left() is None for _, left in written)
@@ -356,7 +355,7 @@ def test_rounding_goes_block_by_block_too(make, method, monkeypatch, tmp_path):
     """With a folder the same tensors as without; interrupted, resumed; and no other run's."""
     options = {"bits": 4, "group_size": 16, "progress": False}
     expected = state(quantize_model(make().bfloat16(), method, **options))
-    save, saved = learned.save_quantized, []
+    save, saved = blockwise.save_quantized, []
 
     def once(block, file):
         if saved:
@@ -364,14 +363,14 @@ def test_rounding_goes_block_by_block_too(make, method, monkeypatch, tmp_path):
         saved.append(file)
         save(block, file)
 
-    monkeypatch.setattr(learned, "save_quantized", once)
+    monkeypatch.setattr(blockwise, "save_quantized", once)
     model, run = make().bfloat16(), tmp_path / "run"
     before = state(model)
     with pytest.raises(Interrupted):
         quantize_model(model, method, resume=run, **options)
     assert_same(model, before)
     assert [file.name for file in saved] == ["block-0000.safetensors"]
-    monkeypatch.setattr(learned, "save_quantized", save)
+    monkeypatch.setattr(blockwise, "save_quantized", save)
     stamp = saved[0].stat().st_mtime_ns
     assert_same(quantize_model(model, method, resume=run, **options), expected)
     assert saved[0].stat().st_mtime_ns == stamp

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from chapter13 import quantize_codebook
-from chapter13.codebook import (
+from chapter13.packing import unpack
+from chapter13.tables import (
     CODE_BOOKS,
     dynamic_code_book,
     fp4_code_book,
     nf4_code_book,
 )
-from chapter13.packing import unpack
 
 functional = pytest.importorskip("bitsandbytes.functional", reason="parity needs bitsandbytes")
 
@@ -366,5 +366,5 @@ def test_second_level_of_bitsandbytes_on_a_gpu(kind, make):
 
 def test_repr():
     assert repr(quantize_codebook(torch.ones(2, 64))) == (
-        "QuantizedTensor(code book, shape=(2, 64), bits=4, group_size=64, 4.5 bits per weight)"
+        "QuantizedTensor(nf4, shape=(2, 64), bits=4, group_size=64, 4.5 bits per weight)"
     )

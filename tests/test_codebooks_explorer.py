@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from chapter13.codebook import nf4_code_book, quantize_codebook
+from chapter13.codebook import quantize_codebook
 from chapter13.explorers.codebooks import (
     BINS,
     GROUP_SIZES,
@@ -21,6 +21,7 @@ from chapter13.explorers.codebooks import (
 from chapter13.integer import quantize_absmax, quantize_affine
 from chapter13.measures import relative_rmse
 from chapter13.plots import codebooks as pictures
+from chapter13.tables import nf4_code_book
 
 ROWS, COLUMNS = 24, 576
 OUTLIERS = [1, 10, 1000]

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from chapter13 import awq, corpus, gptq, models, quantize_absmax, quantize_affine, quantize_codebook
-from chapter13.codebook import CODE_BOOKS
 from chapter13.explorers import distributions
 from chapter13.explorers.distributions import (
     EDGES,
@@ -17,7 +16,7 @@ from chapter13.explorers.distributions import (
     METHODS,
     PROBABILITIES,
     CalibrationText,
-    Seen,
+    LayerInputs,
     count_codes,
     entropy,
     explore_distributions,
@@ -26,6 +25,7 @@ from chapter13.explorers.distributions import (
 )
 from chapter13.measures import max_abs_error, mse, sqnr_db
 from chapter13.plots.distributions import percent
+from chapter13.tables import CODE_BOOKS
 
 BITS = range(2, 9)
 OUTLIERS = [1, 100]
@@ -249,7 +249,7 @@ def test_scales_that_float16_cannot_hold_are_explained_by_what_the_panel_has():
 def seen():
     inputs = normal(300, 128, seed=3) @ (normal(128, 128, seed=4) + 0.3)
     inputs[:, 7] *= 30
-    return Seen(inputs, gptq.hessian(inputs))
+    return LayerInputs(inputs, gptq.hessian(inputs))
 
 
 @pytest.mark.parametrize("name", WEIGHTS)

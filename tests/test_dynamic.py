@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from chapter13 import dynamic
 from chapter13.dynamic import (
     Int8Linear,
     affine_parameters,
-    int8_matmul,
     quantize_affine_7bit,
     quantize_dynamic,
     quantize_per_tensor,
     quantize_per_token,
     quantize_weight_per_tensor,
 )
+from chapter13.whole_model import int8
+from chapter13.whole_model.int8 import int8_matmul
 
 # the way of section 4 is deprecated, and is the one to be compared with
 pytestmark = [
@@ -178,7 +178,7 @@ def test_real_layers(weights):
 @pytest.mark.parametrize("fast", [True, False])
 def test_integer_product_is_exact(fast, monkeypatch):
     if not fast:  # the way of processors without AVX-512
-        monkeypatch.setattr(dynamic, "has_fast_int8", lambda: False)
+        monkeypatch.setattr(int8, "has_fast_int8", lambda: False)
     extreme = torch.full((2, 3000), -128, dtype=torch.int8)
     assert int8_matmul(extreme, extreme).tolist() == [[3000 * 128 * 128] * 2] * 2
     a = torch.randint(-128, 128, (5, 300), generator=generator()).to(torch.int8)

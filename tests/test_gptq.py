@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chapter13 import gptq, quantize_affine
-from chapter13.grids import SHARES, fit_grid
+from chapter13.grids import CLIP_FRACTIONS, fit_grid
 from chapter13.tensors import QuantizedTensor
 
 CHOICES = [
@@ -316,7 +316,7 @@ def test_the_search_is_the_best_of_all_shares(seed, bits, symmetric):
     least = torch.stack(
         [
             error(fit_grid(torch.stack([low, high]) * share, bits, symmetric, torch.float32))
-            for share in SHARES
+            for share in CLIP_FRACTIONS
         ]
     ).amin(0)
     # two shares within rounding of each other may change places: 8 products and sums in float32

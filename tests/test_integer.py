@@ -3,6 +3,8 @@
 `u` below is 2**-24, the relative error of one float32 operation.
 """
 
+import dataclasses
+import json
 import math
 
 import pytest
@@ -16,12 +18,13 @@ from chapter13 import (
     quantize_absmax,
     quantize_absmax_int8,
     quantize_affine,
+    quantize_codebook,
     quantize_groupwise,
     quantize_int4_absmax,
     quantize_per_channel,
 )
 from chapter13.packing import PIECE
-from chapter13.tensors import pieces
+from chapter13.tensors import QuantizedTensor, pieces
 
 U = 2.0**-24
 QUANTIZERS = [quantize_absmax, quantize_affine]
@@ -200,7 +203,7 @@ def test_group_size_that_does_not_fit(call):
     with pytest.raises(ValueError, match="24 does not divide in_features = 12"):
         call(weight, 24)
     for wrong in (0, -4, 2.0, "row", True):
-        with pytest.raises(ValueError, match='None, "channel" or a positive int, not'):
+        with pytest.raises(ValueError, match='None, "channel" .* or a positive int, not'):
             call(weight, wrong)
 
 
@@ -389,60 +392,80 @@ def test_scale_beyond_float16(quantize):
     weight = torch.ones(2, 8)
     weight[1] = 1e8
     expected = (
-        r"^1 of 2 scales, the first \d.\d\de\+05, cannot be held in float16, whose range is "
-        "6.1e-05 to 65504: use scale_dtype=torch.float32$"
+        r"^1 of 2 scales, the first \d.\d\de\+05, cannot be held in float16, which ends at 65504: "
+        "use scale_dtype=torch.float32, or method nf4 or fp4"
     )
     with pytest.raises(ValueError, match=expected):
         quantize(weight, 8, "channel")
-    weight[1] = 1e-7  # its scale would round to zero or to a grid that ends far too early
-    with pytest.raises(ValueError, match="1 of 2 scales.*float16.*use scale_dtype=torch.float32"):
-        quantize(weight, 8, "channel")
+    weight[1] = 1e-7
     quantized = quantize(weight, 8, "channel", torch.float32)
     error = (quantized.dequantize() - weight).abs()
     assert (error <= quantized.scale * 0.5 * (1 + 256 * 2 * U)).all()
 
 
-def test_smallest_float16_scale_that_holds():
-    # the smallest subnormal is 2**-24: eight times it is held exactly, a quarter of it is not
-    held = quantize_absmax(torch.full((1, 4), 127 * 2.0**-21), 8)
-    assert held.scale.item() == 2.0**-21
-    with pytest.raises(ValueError, match="cannot be held in float16"):
-        quantize_absmax(torch.full((1, 4), 127 * 2.0**-26), 8)
-    # 1.4 times the smallest rounds down to it, and 127 steps of that end at 0.71 of the absmax
-    with pytest.raises(ValueError, match="cannot be held in float16"):
-        quantize_absmax(torch.full((1, 4), 127 * 1.4 * 2.0**-24), 8)
-    assert quantize_absmax(torch.full((1, 4), 1.4 * 2.0**-24), 2).codes().tolist() == [[1] * 4]
+def generator():
+    return torch.Generator().manual_seed(13)
+
+
+SMALLEST = 2.0**-24  # of float16's numbers, and the distance between its subnormal ones
+
+
+@pytest.mark.parametrize("quantize", QUANTIZERS)
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_a_group_about_nothing_becomes_zeros(quantize, bits):
+    weight = torch.randn(3, 16, generator=generator())
+    steps = 2 ** (bits - 1) - 1 if quantize is quantize_absmax else 2**bits - 1
+    # the scale is below half the smallest number, which float16 rounds to 0
+    weight[1] = torch.linspace(0, 0.99 * steps * SMALLEST / 2, 16)
+    quantized = quantize(weight, bits, "channel")
+    assert quantized.scale[1] == 0
+    assert quantized.dequantize()[1].tolist() == [0.0] * 16
+    alone = quantize(weight[[0, 2]], bits, "channel")  # the other rows are what they would be
+    assert torch.equal(quantized.dequantize()[[0, 2]], alone.dequantize())
+    assert quantize(weight, bits, "channel", torch.float32).dequantize()[1].any()
+
+
+@pytest.mark.parametrize("quantize", QUANTIZERS)
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_a_subnormal_scale_clips_nothing(quantize, bits):
+    """One that would round down too far is taken up: half a step is the largest error."""
+    for times in torch.linspace(0.51, 40, 200).tolist():
+        steps = 2 ** (bits - 1) - 1 if quantize is quantize_absmax else 2**bits - 1
+        weight = torch.linspace(0, times * steps * SMALLEST, 16)[None]
+        quantized = quantize(weight, bits)
+        scale = quantized.scale.double()
+        assert scale in ((times // 1) * SMALLEST, (times // 1 + 1) * SMALLEST)
+        error = (quantized.dequantize().double() - weight.double()).abs()
+        # the quotient, rounded to float32, is off by U of itself
+        assert error.max() <= scale * (0.5 + steps * 2 * U)
 
 
 @pytest.mark.parametrize("bits", range(3, 9))
 def test_absmax_scale_that_just_holds(bits):
-    steps, smallest = 2 ** (bits - 1) - 1, 2.0**-24
+    steps = 2 ** (bits - 1) - 1
     # half a step beyond the grid: a tie, which would be rounded to a code that is not there
-    largest = (steps + 0.5) * smallest
-    quantized = quantize_absmax(torch.tensor([[largest, -largest, smallest]]), bits)
-    assert quantized.scale.item() == smallest
+    largest = (steps + 0.5) * SMALLEST
+    quantized = quantize_absmax(torch.tensor([[largest, -largest, SMALLEST]]), bits)
+    assert quantized.scale.item() == SMALLEST
     assert quantized.codes().tolist() == [[steps, -steps, 1]]
-    with pytest.raises(ValueError, match="^1 of 1 scales, the first .*, cannot be held in float16"):
-        quantize_absmax(torch.tensor([[largest * (1 + 2.0**-22)]]), bits)
+    beyond = quantize_absmax(torch.tensor([[largest * (1 + 2.0**-22)]]), bits)
+    assert beyond.scale.item() == 2 * SMALLEST
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_affine_scale_that_just_holds(bits):
-    levels, smallest = 2**bits - 1, 2.0**-24
+    levels = 2**bits - 1
     # half a step beyond the grid: zero point and lowest code are both rounded past their ends
-    weight = torch.tensor([[-(levels + 0.5) * smallest, 0.0]])
+    weight = torch.tensor([[-(levels + 0.5) * SMALLEST, 0.0]])
     quantized = quantize_affine(weight, bits)
-    assert quantized.scale.item() == smallest
+    assert quantized.scale.item() == SMALLEST
     assert quantized.zero_point.item() == levels
     assert quantized.codes().tolist() == [[0, levels]]
-    assert quantized.dequantize().tolist() == [[-levels * smallest, 0.0]]
-    # one float32 number more, on either side of zero or shared between them, is too much
-    beyond = (levels + 0.5) * smallest * (1 + 2.0**-22)
+    assert quantized.dequantize().tolist() == [[-levels * SMALLEST, 0.0]]
+    # one float32 number more, on either side of zero or shared between them: the next scale
+    beyond = (levels + 0.5) * SMALLEST * (1 + 2.0**-22)
     for low, high in ((-beyond, 0.0), (0.0, beyond), (-beyond / 2, beyond / 2)):
-        with pytest.raises(
-            ValueError, match="^1 of 1 scales, the first .*, cannot be held in float16"
-        ):
-            quantize_affine(torch.tensor([[low, high]]), bits)
+        assert quantize_affine(torch.tensor([[low, high]]), bits).scale.item() == 2 * SMALLEST
 
 
 def test_affine_takes_weights_whose_grid_still_ends_within_float32():
@@ -674,3 +697,103 @@ def test_dequantized_codes_are_float32_whatever_the_scale():
         restored = dequantize_absmax_int8(codes, torch.tensor(0.5, dtype=dtype))
         assert restored.dtype == torch.float32
         assert restored.tolist() == [1.5, -63.5]
+
+
+# ---------------------------------------------------------------- a QuantizedTensor checks itself
+
+
+def parts_of(kind):
+    weight = torch.randn(4, 64, generator=generator())
+    make = {
+        "absmax": lambda: quantize_absmax(weight, 3, 16),
+        "affine": lambda: quantize_affine(weight, 5, "channel"),
+        "nf4": lambda: quantize_codebook(weight, "nf4", 48),
+        "twice": lambda: quantize_codebook(weight, "fp4", 64, double_quant=True),
+    }[kind]
+    fields = dataclasses.fields(QuantizedTensor)
+    return {field.name: getattr(make(), field.name) for field in fields}
+
+
+ILLEGAL = {
+    "a kind": ("absmax", {"kind": "e2m1"}, "kind must be one of absmax, affine, nf4, fp4"),
+    "bits": ("absmax", {"bits": 9}, "bits must be a whole number from 2 to 8"),
+    "a table's bits": ("nf4", {"bits": 3}, "nf4 is a table of 16 values"),
+    "few bytes": ("absmax", {"shape": torch.Size((4, 80))}, r"packed is uint8 \[96\], not uint8"),
+    "signed bytes": ("absmax", {"packed": torch.zeros(96, dtype=torch.int8)}, "packed is int8"),
+    "no bytes": ("absmax", {"packed": None}, "packed is missing"),
+    "no shape": ("absmax", {"shape": (4, 64)}, "shape must be a torch.Size"),
+    "groups": ("absmax", {"group_size": 48}, "group size 48 does not divide in_features = 64"),
+    "group of 0": ("affine", {"group_size": 0}, "group_size must be None"),
+    "a block": ("nf4", {"group_size": "channel"}, "nf4 has blocks of a positive number"),
+    "another block": ("nf4", {"group_size": 64}, r"scale is float32 \[6\], not float32 \[4\]"),
+    "scales": (
+        "absmax",
+        {"group_size": "channel"},
+        r"scale is float16 \[4, 4, 1\], not float16 or",
+    ),
+    "wide scales": ("absmax", {"stored_scale": torch.ones(4, 4, 1).double()}, "scale is float64"),
+    "half a table": ("nf4", {"stored_scale": torch.ones(6).half()}, "scale is float16"),
+    "no zero point": ("affine", {"packed_zero_point": None}, "zero_point is missing"),
+    "zero points": ("absmax", {"packed_zero_point": torch.zeros(6).byte()}, "has no zero points"),
+    "an offset": ("nf4", {"scale_offset": torch.tensor(1.0)}, "scale_offset belongs to"),
+    "no offset": ("twice", {"scale_offset": None}, "scale_offset is missing"),
+    "nested": ("twice", {"kind": "absmax"}, "absmax of shape .* cannot have the scales"),
+}
+
+
+@pytest.mark.parametrize("name", ILLEGAL)
+def test_an_illegal_tensor_cannot_exist(name):
+    kind, change, message = ILLEGAL[name]
+    fields = parts_of(kind)
+    QuantizedTensor(**fields)
+    with pytest.raises(ValueError, match=message):
+        QuantizedTensor(**fields | change)
+
+
+@pytest.mark.parametrize("kind", ["absmax", "affine", "nf4", "twice"])
+def test_damaged_plans_are_refused(kind):
+    tensor = QuantizedTensor(**parts_of(kind))
+    plan = json.loads(json.dumps(tensor.plan))
+    for damaged in (None, {}, [], plan | {"shape": "4"}, plan | {"kind": []}, plan | {"bits": "4"}):
+        with pytest.raises(ValueError, match=r"describes no|must be|is a table"):
+            QuantizedTensor.from_parts(damaged, tensor.parts)
+    for name in tensor.parts:
+        rest = {key: part for key, part in tensor.parts.items() if key != name}
+        with pytest.raises(ValueError, match="is missing"):
+            QuantizedTensor.from_parts(plan, rest)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize(("columns", "group_size"), [(64, 16), (64, "channel"), (9, 3), (5, -1)])
+@pytest.mark.parametrize("quantize", QUANTIZERS)
+def test_split_is_quantizing_the_rows_alone(quantize, columns, group_size, bits):
+    """Rows of 5 or 9 codes end inside a byte."""
+    weight = torch.randn(12, columns, generator=generator())
+    heights = [1, 4, 7]
+    parts = quantize(weight, bits, group_size).split(heights)
+    for part, rows in zip(parts, weight.split(heights), strict=True):
+        alone = quantize(rows, bits, group_size)
+        assert part.plan == alone.plan
+        assert list(part.parts) == list(alone.parts)
+        for name, tensor in alone.parts.items():
+            assert torch.equal(part.parts[name], tensor)
+            assert part.parts[name].untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_what_cannot_be_split():
+    weight = torch.randn(4, 64, generator=generator())
+    for tensor in (quantize_absmax(weight), quantize_codebook(weight)):
+        with pytest.raises(ValueError, match="cannot be split"):
+            tensor.split([2, 2])
+    with pytest.raises(ValueError, match=r"heights \[2, 1\] do not add up to 4 rows"):
+        quantize_absmax(weight, 8, "channel").split([2, 1])
+
+
+@pytest.mark.parametrize("quantize", QUANTIZERS)
+def test_minus_one_is_per_channel(quantize):
+    weight = torch.randn(4, 64, generator=generator())
+    ours, theirs = quantize(weight, 4, "channel"), quantize(weight, 4, -1)
+    assert theirs.group_size == "channel"
+    assert torch.equal(ours.packed, theirs.packed)
+    with pytest.raises(ValueError, match="not -2"):
+        quantize(weight, 4, -2)

@@ -6,7 +6,13 @@ from test_outliers import tiny_gpt2
 from test_static import tiny_llama
 from torch import nn
 
-from chapter13.whole_model.layers import is_conv1d, linear_layers, replace_layers, weight_of
+from chapter13.whole_model.layers import (
+    expert_stacks,
+    is_conv1d,
+    linear_layers,
+    replace_layers,
+    weight_of,
+)
 
 
 def test_gpt2_has_none_that_a_loop_over_linear_would_find():
@@ -31,13 +37,58 @@ def test_llama():
 
 
 def test_layers_of_other_libraries_are_not_taken_for_plain_ones():
-    class Derived(nn.Linear):
+    import bitsandbytes
+
+    class Conv1D(nn.Module):  # not the one of transformers
         pass
 
-    class Conv1D(nn.Module):  # no transformers' one
-        pass
+    class Adapted(nn.Linear):
+        def __init__(self, *sides):
+            super().__init__(*sides)
+            self.A = nn.Parameter(torch.zeros(1, 2))
 
-    assert not linear_layers(nn.Sequential(Derived(2, 2), Conv1D()))
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    class Failing(nn.Linear):
+        def forward(self, x):
+            raise RuntimeError("not today")
+
+    class Buffered(nn.Linear):
+        def __init__(self, *sides):
+            super().__init__(*sides)
+            self.register_buffer("mask", torch.ones(2, 2))
+
+    theirs = (bitsandbytes.nn.Linear4bit(64, 64), bitsandbytes.nn.Linear8bitLt(64, 64))
+    own = (Adapted(2, 2), Scaled(2, 2), Failing(2, 2), Buffered(2, 2))
+    assert not linear_layers(nn.Sequential(*theirs, *own, Conv1D()))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_subclass_that_computes_the_same_is_taken(bias, device):
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    layer = FalconLinear(40, 24, bias=bias, device=device)
+    before = dict(layer.named_parameters())
+    assert linear_layers(nn.Sequential(layer)) == {"0": layer}
+    assert before.keys() == dict(layer.named_parameters()).keys()
+    assert all(before[name] is parameter for name, parameter in layer.named_parameters())
+    assert (layer.in_features, layer.out_features) == (40, 24)
+
+
+def test_experts_in_one_tensor_are_refused():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.zeros(8, 128, 64))
+
+    model = nn.Sequential(nn.Linear(4, 4), Experts(), nn.Conv1d(64, 64, 4))
+    assert list(expert_stacks(model)) == ["1.gate_up_proj"]
+    with pytest.raises(ValueError, match=r"1\.gate_up_proj holds the weights of 8 experts"):
+        replace_layers(model, lambda name, layer: nn.Identity(), progress=False)
+    assert type(model[0]) is nn.Linear
 
 
 def test_all_or_none():

@@ -9,15 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from chapter13 import quantize_absmax, quantize_affine, quantize_codebook
-from chapter13.whole_model import linear as module
-from chapter13.whole_model.linear import (
-    FEW,
-    QuantizedLinear,
-    assemble,
-    describe,
-    int8_product,
-    parts,
-)
+from chapter13.tensors import QuantizedTensor
+from chapter13.whole_model import int8
+from chapter13.whole_model.int8 import int8_product
+from chapter13.whole_model.linear import FEW, QuantizedLinear
 
 U = 2**-24  # half a unit in the last place of float32, relative
 
@@ -163,7 +158,7 @@ def test_nasty_activations(quantize):
             assert y[1:].isfinite().all()
 
 
-@pytest.mark.skipif(not module.has_fast_int8(), reason="needs AVX-512")
+@pytest.mark.skipif(not int8.has_fast_int8(), reason="needs AVX-512")
 def test_int8_product_keeps_a_float_s_precision():
     quantized = quantize_absmax(matrix(48, 640), 8, "channel")
     x = matrix(3, 640) * torch.logspace(-20, 4, 640)
@@ -177,7 +172,7 @@ def test_paths_without_an_int8_kernel(monkeypatch):
     layer = QuantizedLinear(quantize_absmax(matrix(48, 64), 8, "channel"))
     x = matrix(1, 64)
     fast = layer(x)
-    monkeypatch.setattr(module, "has_fast_int8", lambda: False)
+    monkeypatch.setattr(int8, "has_fast_int8", lambda: False)
     largest = x.abs().max() * layer.quantized.dequantize().abs().sum(1)
     assert ((layer(x) - fast).abs() <= (64 + 2 + 10) * U * largest).all()
 
@@ -202,11 +197,11 @@ def test_as_conv1d():
 @pytest.mark.parametrize("quantize", QUANTIZERS.values(), ids=QUANTIZERS)
 def test_described_and_assembled(quantize):
     quantized = quantize(matrix(9, 77))
-    again = assemble(describe(quantized), parts(quantized))
+    again = QuantizedTensor.from_parts(quantized.plan, quantized.parts)
     assert torch.equal(again.dequantize(), quantized.dequantize())
-    assert (
-        again.nbytes == quantized.nbytes == sum(each.nbytes for each in parts(quantized).values())
-    )
+    held = sum(each.nbytes for each in quantized.parts.values())
+    assert again.nbytes == quantized.nbytes == held
+    assert again.kind == quantized.kind
     assert (again.bits, again.shape, again.group_size) == (
         quantized.bits,
         quantized.shape,

@@ -99,7 +99,7 @@ def test_it_writes_what_the_package_computes(model, method, more, options, tmp_p
     assert quantize(model, out, method, *more) == 0
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     words = capsys.readouterr().err
-    assert "left as it was: Embedding in bfloat16" in words
+    assert "not quantized: Embedding in bfloat16" in words
     assert f"evaluate {out} --reference {model}" in words
 
     expected, tokenizer = models.load(str(model), mapped=method == "awq")
@@ -314,7 +314,7 @@ def test_the_same_command_goes_on_after_an_interruption(llama, end, method, tmp_
     (folder / ".result.x").mkdir()
     (folder / "result").mkdir()
     saved, save = [], blockwise.save_quantized
-    monkeypatch.setattr(learned, "save_quantized", lambda *a: (saved.append(a[1].name), save(*a)))
+    monkeypatch.setattr(blockwise, "save_quantized", lambda *a: (saved.append(a[1].name), save(*a)))
     assert run(*arguments) == 0
     assert saved == ["block-0001.safetensors"]
     assert content(out) == content(tmp_path / "whole")

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chapter13.packing import PIECE, pack, packed_size, unpack
+from chapter13.packing import PIECE, cut, pack, packed_size, unpack
 
 BITS = range(2, 9)
 
@@ -88,3 +88,18 @@ def test_other_errors():
     for length in (1, 3):
         with pytest.raises(ValueError, match=f"3 codes of 4 bits take 2 bytes, not {length}"):
             unpack(torch.zeros(length, dtype=torch.uint8), 4, 3)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_cut_is_packing_a_part(bits):
+    codes = torch.randint(0, 2**bits, (37,), generator=torch.Generator().manual_seed(bits))
+    codes = codes.to(torch.uint8)
+    packed = pack(codes, bits)
+    for start in range(38):
+        for stop in range(start, 38):
+            part = cut(packed, bits, start, stop)
+            assert torch.equal(part, pack(codes[start:stop], bits))
+            assert part.untyped_storage().nbytes() == part.numel()
+    for start, stop in ((-1, 3), (5, 4), (0, 37 + 8)):
+        with pytest.raises(ValueError, match=f"codes {start} to {stop} are not in a stream"):
+            cut(packed, bits, start, stop)

@@ -81,7 +81,10 @@ def test_report_counts_what_is_left():
         ({"method": "gptw"}, "must be one of absmax, affine, nf4, fp4, gptq, awq, not 'gptw'"),
         ({"method": "absmax", "bits": 9}, "bits must be a whole number from 2 to 8, not 9"),
         ({"method": "nf4", "bits": 3}, "nf4 is a table of 16 values: it takes 4 bits, not 3"),
-        ({"method": "nf4", "group_size": 0}, "q_proj: block_size must be a positive int, not 0"),
+        (
+            {"method": "nf4", "group_size": 0},
+            "nf4 has blocks of a positive number of weights: group_size cannot be 0",
+        ),
         ({"method": "absmax", "group_size": 0}, "group_size must be None"),
         (
             {"method": "affine", "group_size": 64},

@@ -6,7 +6,7 @@ from test_outliers import tiny_gpt2
 from test_static import TOKENS, tiny_llama
 from torch import nn
 
-from chapter13.whole_model import walk as module
+from chapter13.whole_model import walk as walking
 from chapter13.whole_model.layers import linear_layers
 from chapter13.whole_model.walk import Walk, find_blocks
 
@@ -110,7 +110,7 @@ def inputs_of(model, tokens):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("at_once", [4096, 16])  # all in one batch, and a sequence at a time
 def test_inputs_are_those_of_the_model(name, at_once, monkeypatch):
-    monkeypatch.setattr(module, "TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr(walking, "TOKENS_AT_ONCE", at_once)
     model = MODELS[name]()
     expected = inputs_of(model, TOKENS)
     walk = Walk(model, TOKENS)
@@ -133,7 +133,7 @@ def test_inputs_are_those_of_the_model(name, at_once, monkeypatch):
 @pytest.mark.parametrize("at_once", [4096, 16])
 def test_changes_reach_the_layers_after(at_once, monkeypatch):
     """Doubling a block's first layers on the way gives what a model with doubled weights gives."""
-    monkeypatch.setattr(module, "TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr(walking, "TOKENS_AT_ONCE", at_once)
     changed = tiny_llama()
     for name, layer in linear_layers(changed).items():
         if name.endswith(("v_proj", "o_proj")):

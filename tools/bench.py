@@ -335,7 +335,8 @@ def models_section(record):
         "blocks; what the cache keeps may come faster. All linear layers of the embedded model go "
         f"to 4 bits in {record['quantize_absmax_s']} s (absmax) and {record['quantize_nf4_s']} s "
         "(NF4). With 4 bits ours dequantizes in plain torch: it saves memory and costs time, since "
-        "torch has no fast look-up in a table of 16 values. A fused kernel (`chapter13/whole_model/fused.py`, "
+        "torch has no fast look-up in a table of 16 values. A fused kernel "
+        "(`chapter13/whole_model/fused.py`, "
         "`fuse(model)`) multiplies the codes: torch's own for int4, and for NF4 that of "
         "bitsandbytes, which needs AVX512-BF16 and which we borrow, not beat; both compute in "
         'bfloat16. "Plain" is what bitsandbytes does on other processors; there `fuse` borrows its '

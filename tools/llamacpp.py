@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from chapter13 import corpus, models, results
+from chapter13.atomic import replacing
 from chapter13.fetch.convert import silence_torchao
 from chapter13.gguf_blocks import quantize
 from chapter13.gguf_model import FILE_TYPES, write_model
@@ -155,9 +156,8 @@ def main() -> None:
             results.record(f"llama.cpp {kind}", measured, ("transformers", "gguf"))
             reference[kind] = [[round(x, 3) for x in row] for row in log_p.tolist()]
             print(kind, json.dumps(measured), flush=True)
-    part = REFERENCE.with_suffix(".part")
-    part.write_text(json.dumps(reference) + "\n", encoding="utf-8")
-    part.replace(REFERENCE)
+    with replacing(REFERENCE) as part:
+        part.write_text(json.dumps(reference) + "\n", encoding="utf-8")
     readme.write(SECTION, readme_section(results.load()))
 
 

@@ -12,7 +12,6 @@ the stored outputs against new ones (`make test`); `check` looks at what nbval d
 import argparse
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -25,6 +24,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from tqdm import tqdm
+
+from chapter13.atomic import replacing
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBERED = "[0-9][0-9]_*.ipynb"
@@ -59,9 +60,8 @@ def read(path):
 
 def write(notebook, path):
     """Write the notebook in one step: whoever reads `path` meanwhile sees the old or the new."""
-    partial = Path(path).with_name(f".{Path(path).name}.partial")
-    partial.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8", newline="\n")
-    os.replace(partial, path)
+    with replacing(path) as part:
+        part.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8", newline="\n")
 
 
 # --- rerun ---------------------------------------------------------------------------------
@@ -389,9 +389,8 @@ def reset(root=ROOT):
             print(f"{path.name} is as it came again; yours is {keep(path).name}")
         else:
             print(f"{path.name} was gone and is back")
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(original)
-        os.replace(partial, path)
+        with replacing(path) as part:
+            part.write_bytes(original)
         changed += 1
     if not changed:
         print("All notebooks are as they came.")
@@ -402,9 +401,8 @@ def keep(path):
     """Copy the notebook to the first free my_<name>_<n>.ipynb beside it; returns that path."""
     copies = (path.with_name(f"my_{path.stem}_{n}.ipynb") for n in count(1))
     free = next(copy for copy in copies if not copy.exists())
-    partial = path.with_name(f".{free.name}.partial")
-    shutil.copy2(path, partial)
-    os.rename(partial, free)
+    with replacing(free) as part:
+        shutil.copy2(path, part)
     return free
 
 

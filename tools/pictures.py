@@ -7,7 +7,6 @@ writes what is seen to data/explorer.png, an animated PNG. Needs Chromium or Chr
 """
 
 import io
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
+from chapter13.atomic import replacing
 from tools.browser import ROOT, explorer, jupyterlab, launch, wait_for
 
 NOTEBOOK = "01_absmax_int8.ipynb"
@@ -59,8 +59,7 @@ def animate(pictures, milliseconds, path):
         sheet.paste(pictures[place], (0, row * height))
     palette = sheet.quantize(256)
     flat = [each.quantize(palette=palette, dither=Image.Dither.NONE) for each in pictures]
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as part:
         flat[0].save(
             part,
             format="png",
@@ -73,9 +72,6 @@ def animate(pictures, milliseconds, path):
         size = part.stat().st_size
         if size > MOST_BYTES:
             raise ValueError(f"{path.name} would take {size} bytes, more than {MOST_BYTES}")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
     print(f"{path.relative_to(ROOT)}: {len(flat)} pictures, {width} x {height}, {size} bytes")
 
 

@@ -18,7 +18,6 @@ import hashlib
 import hmac
 import html
 import json
-import os
 import re
 import secrets
 import shutil
@@ -43,6 +42,7 @@ from tornado.web import Application, HTTPError, StaticFileHandler
 from tornado.websocket import WebSocketClosedError, WebSocketHandler
 from tqdm import tqdm
 
+from chapter13.atomic import replacing
 from tools.notebooks import ROOT, WIDGET_VIEW, normalize, numbered, read
 from tools.notebooks import write as write_notebook
 from tools.slides.build import NoPackages, build, fetch_packages
@@ -94,9 +94,9 @@ def fetch_scripts():
             if hashlib.sha512(archive.read_bytes()).digest() != base64.b64decode(sha512):
                 raise NoPackages(f"npm gave another {package} than the one that we know")
             with tarfile.open(archive) as packed:
-                part = Path(folder, "part")
-                part.write_bytes(packed.extractfile(f"package/{name}").read())
-            os.replace(part, path)
+                content = packed.extractfile(f"package/{name}").read()
+        with replacing(path) as part:
+            part.write_bytes(content)
     return paths
 
 

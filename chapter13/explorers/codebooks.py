@@ -18,6 +18,7 @@ from chapter13.integer import quantize_absmax, quantize_affine
 from chapter13.measures import mse
 from chapter13.models import linear_weights
 from chapter13.plots.codebooks import CodeBookFigure
+from chapter13.tables import CODE_BOOKS
 from chapter13.tensors import QuantizedTensor
 
 MOST = 1 << 21  # weights that are quantized at a move; the embedded model's layers are smaller
@@ -148,9 +149,9 @@ def places(quantized: QuantizedTensor) -> torch.Tensor:
     For absmax the code -2**(bits-1) is left at 0: it never occurs.
     """
     codes = torch.arange(2**quantized.bits)
-    if quantized.code_book is not None:
+    if quantized.kind in CODE_BOOKS:
         return quantized.code_book
-    if quantized.zero_point is not None:
+    if quantized.kind == "affine":
         return codes / (2**quantized.bits - 1) * 2 - 1
     half = 2 ** (quantized.bits - 1)
     signed = torch.where(codes < half, codes, codes - 2 * half)
@@ -163,9 +164,9 @@ def normalized(weight, quantized: QuantizedTensor, positions) -> torch.Tensor:
     block = positions // size
     scale = quantized.scale.float().flatten()[block]
     scaled = weight.flatten()[positions] / torch.where(scale == 0, 1.0, scale)
-    if quantized.code_book is not None:
+    if quantized.kind in CODE_BOOKS:
         return scaled
-    if quantized.zero_point is not None:
+    if quantized.kind == "affine":
         shifted = scaled + quantized.zero_point.flatten()[block]
         return shifted / (2**quantized.bits - 1) * 2 - 1
     return scaled / (2 ** (quantized.bits - 1) - 1)

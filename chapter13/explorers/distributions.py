@@ -21,6 +21,7 @@ from chapter13.integer import quantize_absmax, quantize_affine
 from chapter13.measures import max_abs_error, mse
 from chapter13.models import LINEARS, linear_weights, load
 from chapter13.plots.distributions import DistributionsFigure, percent
+from chapter13.tables import CODE_BOOKS
 from chapter13.tensors import QuantizedTensor
 from chapter13.whole_model.walk import Walk
 
@@ -67,7 +68,7 @@ METHODS: dict[str, Callable[[torch.Tensor, int, int | str], QuantizedTensor]] = 
 
 
 @dataclass(frozen=True)
-class Seen:
+class LayerInputs:
     """What some text brings to a layer."""
 
     inputs: torch.Tensor
@@ -90,7 +91,7 @@ def _awq(weight, seen, bits, group_size):
     return quantized, quantized.dequantize() / s
 
 
-# name -> function of (weight, Seen, bits, group size): (quantized, the approximate weight)
+# name -> function of (weight, LayerInputs, bits, group size): (quantized, the approximate weight)
 LEARNED = {"gptq": _gptq, "awq": _awq}
 LABELS = LABELS | {"gptq": "GPTQ", "awq": "AWQ (scales alone)"}
 
@@ -163,10 +164,10 @@ def count_codes(quantized: QuantizedTensor) -> np.ndarray:
     """How many weights have each code, from the lowest level to the highest, int64 (2**bits,)."""
     codes, bits = quantized.codes().view(-1), quantized.bits
     counts = torch.bincount(codes.view(torch.uint8), minlength=256)
-    if codes.dtype == torch.int8:  # a code's byte is its two's complement: 0, 1, .. 127, -128, ..
+    if quantized.kind == "absmax":  # a code's byte is its two's complement: 0, 1, .. 127, -128, ..
         half = 1 << (bits - 1)
         counts = torch.cat([counts[256 - half :], counts[:half]])
-    elif quantized.code_book is not None:
+    elif quantized.kind in CODE_BOOKS:
         counts = counts[quantized.code_book.argsort(stable=True)]
     return counts[: 1 << bits].numpy()
 
@@ -203,7 +204,7 @@ def view(
     bits: int,
     group_size: int | str,
     outlier: float,
-    seen: Seen | None = None,
+    seen: LayerInputs | None = None,
 ) -> View:
     """The layer, its largest weight made `outlier` times larger, quantized as the rest says.
 
@@ -307,20 +308,14 @@ class CalibrationText:
             self._hidden.append(self._walk.hidden)
             self._walk.advance(index)
 
-    def seen(self, block: int, layer: str) -> Seen:
+    def seen(self, block: int, layer: str) -> LayerInputs:
         """What reaches one of the linear layers of a block, such as "q_proj"."""
-        kept = []
-
-        def keep(names, inputs):
-            x = torch.cat(list(inputs))
-            if any(name.rpartition(".")[2] == layer for name in names):
-                with warnings.catch_warnings():  # fewer tokens than channels; damping copes
-                    warnings.simplefilter("ignore")
-                    kept.append(Seen(x, gptq.hessian(x)))
-
         self._walk.hidden = self._hidden[block]
-        self._walk.visit(block, keep)
-        return kept[0]
+        inputs = self._walk.inputs(block)
+        x = next(x for name, x in inputs.items() if name.rpartition(".")[2] == layer)
+        with warnings.catch_warnings():  # fewer tokens than channels; damping copes
+            warnings.simplefilter("ignore")
+            return LayerInputs(x, gptq.hessian(x))
 
 
 def explore_distributions(weight: torch.Tensor | None = None) -> Explorer:

@@ -172,16 +172,10 @@ def collect(model, tokens: torch.Tensor, block: int) -> dict[str, torch.Tensor]:
     """
     from chapter13.whole_model.walk import Walk
 
-    walk, kept = Walk(model, tokens), {}
+    walk = Walk(model, tokens)
     for index in range(block):
         walk.advance(index)
-
-    def keep(names, inputs):
-        x = torch.cat([batch.detach().cpu() for batch in inputs]).view(*tokens.shape, -1)
-        kept.update(dict.fromkeys(names, x))
-
-    walk.visit(block, keep)
-    return kept
+    return {name: x.cpu().view(*tokens.shape, -1) for name, x in walk.inputs(block).items()}
 
 
 @dataclass(frozen=True)

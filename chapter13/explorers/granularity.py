@@ -130,10 +130,9 @@ def view(layer: Layer, bits: int, group_size: int | str, affine: bool) -> View:
     sqnr = -20 * math.log10(relative) if relative else math.inf
     all_errors = [curve[..., 1] for curve in layer.curves.values()]
     limits = float(np.nanmin(all_errors)), float(np.nanmax(all_errors))
-    zero_points = quantized.packed_zero_point
     parts = [f"codes {quantized.packed.nbytes:,}", f"scales {quantized.scale.nbytes:,}"]
     if affine:
-        parts.append(f"zero points {zero_points.nbytes:,}")
+        parts.append(f"zero points {quantized.packed_zero_point.nbytes:,}")
     readout = lines(
         ("bits per weight", f"{quantized.bits_per_weight:.4f}"),
         ("mean squared error", f"{mse:.2e}"),

@@ -6,10 +6,11 @@ import ipywidgets as widgets
 import torch
 from torch import nn
 
-from chapter13.codebook import CODE_BOOKS, quantize_codebook
+from chapter13.codebook import quantize_codebook
 from chapter13.explorers.base import Explorer, lines
 from chapter13.integer import quantize_absmax, quantize_affine
 from chapter13.plots.text import TextFigure, printable
+from chapter13.tables import CODE_BOOKS
 from chapter13.whole_model.layers import is_conv1d, linear_layers, weight_of
 
 PROMPTS = (

@@ -7,7 +7,6 @@ student's own plots, and nothing has to be closed.
 import base64
 import html
 import io
-import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +16,8 @@ from IPython.display import display
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+
+from chapter13.atomic import replacing
 
 DPI = 100  # a figure 10 inches wide fills a notebook's column: 1000 pixels, 12 pt text 17 pixels
 
@@ -133,14 +134,9 @@ class Picture:
 
     def save(self, path):
         """Write the PNG to `path`, whole or not at all; returns the path."""
-        path = Path(path)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
+        with replacing(path) as part:
             part.write_bytes(self.png)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-        return path
+        return Path(path)
 
     def __repr__(self):
         return self.alt

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from chapter13.packing import PIECE
-from chapter13.whole_model.linear import KeepsDtypes, QuantizedLinear
+from chapter13.whole_model.linear import KeepsDtypes, QuantizedLinear, quantized_layers
 
 GROUP_SIZES = {  # that the kernels know
     "integer": (32, 64, 128, 256),
@@ -44,19 +44,20 @@ class FusedLinear(KeepsDtypes):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         quantized = layer.quantized
         self.group_size = quantized.group_size
-        self.kind = layer.plan["kind"]
+        self.kind = quantized.kind
         codes = quantized.codes()
         # both kernels go along the rows of many output features at a time: the group comes first
         scale = quantized.scale.float().view(self.out_features, -1).T
-        if quantized.code_book is not None and not _load_bitsandbytes():
-            self.way = "dequantize"
+        table = quantized.code_book
+        if table is not None and not _load_bitsandbytes():
+            self.kernel = "dequantize"
             codes, scale = quantized.packed.view(self.out_features, -1), scale.T
-        elif quantized.code_book is not None:
-            self.way = "code book"
+        elif table is not None:
+            self.kernel = "code book"
             codes, scale = interleave(codes), scale.bfloat16()
-            self.register_buffer("code_book", quantized.code_book, persistent=False)
+            self.register_buffer("code_book", table, persistent=False)
         else:
-            self.way = "integer"
+            self.kernel = "integer"
             zero_point = quantized.zero_point
             if zero_point is None:
                 codes, offset = codes + 8, torch.zeros_like(scale)
@@ -72,11 +73,11 @@ class FusedLinear(KeepsDtypes):
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected (..., {self.in_features}) inputs, not {tuple(x.shape)}")
         flat, shape = x.reshape(-1, self.in_features), (self.out_features, self.in_features)
-        if self.way == "integer":
+        if self.kernel == "integer":
             y = torch._weight_int4pack_mm_for_cpu(
                 flat.bfloat16(), self.codes, self.group_size, self.scale
             )
-        elif self.way == "code book":
+        elif self.kernel == "code book":
             y = torch.ops.bitsandbytes.gemv_4bit(
                 flat.bfloat16(), self.codes, shape, self.scale, self.code_book, self.group_size
             )
@@ -107,7 +108,7 @@ def fuse(model: nn.Module) -> nn.Module:
     For inference: a fused model is not saved, save it before. All or none: raises as FusedLinear,
     naming the layer, before any layer is replaced, and ValueError where there is none.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    layers = quantized_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no quantized layer: quantize_model first")
     for name, layer in layers.items():
@@ -120,7 +121,7 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def why_not(layer: QuantizedLinear) -> str | None:
-    """Why no fused kernel takes this layer; None where one does."""
+    """Why no fused kernel takes this layer; None if one does."""
     kind, bits, size = (layer.plan[name] for name in ("kind", "bits", "group_size"))
     family = "integer" if kind in ("absmax", "affine") else "code book"
     if layer.packed.device.type != "cpu":

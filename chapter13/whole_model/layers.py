@@ -1,17 +1,21 @@
 """The linear layers of a model: `torch.nn.Linear`, and GPT-2's `Conv1D`, which is one transposed.
 
-A loop over `nn.Linear` alone leaves GPT-2 as it was: all linear layers of its blocks are
-transformers' `Conv1D`, whose weight is (in_features, out_features).
+A loop over `nn.Linear` alone leaves GPT-2 unchanged: all linear layers of its blocks are
+transformers' `Conv1D`, whose weight is (in_features, out_features). A loop over its subclasses too
+would meet layers of other libraries that are quantized already; so a subclass, such as Falcon's,
+is taken if it computes what an `nn.Linear` does.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' `Conv1D`; told by its name, so nothing is imported."""
+    """Whether a module is transformers' `Conv1D`; recognised by its name: nothing is imported."""
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers")
 
 
@@ -21,21 +25,28 @@ def weight_of(layer: nn.Module) -> torch.Tensor:
     return weight.T if is_conv1d(layer) else weight
 
 
-def stored(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+def as_stored(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
     """A weight (out_features, in_features) as the layer holds it, without a copy."""
     return weight.T if is_conv1d(layer) else weight
 
 
 def put_weight(layer: nn.Module, weight: torch.Tensor) -> None:
-    """Gives a linear layer another weight, (out_features, in_features); the old one stays as is."""
-    layer.weight = nn.Parameter(stored(layer, weight), requires_grad=layer.weight.requires_grad)
+    """Gives a linear layer another weight, (out_features, in_features); the old tensor is kept."""
+    put_parameter(layer, "weight", as_stored(layer, weight))
+
+
+def put_parameter(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Gives a module a new parameter: the old one may lie in a mapped file that others read."""
+    old = getattr(module, name)
+    setattr(module, name, nn.Parameter(tensor, requires_grad=old.requires_grad))
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module of every `nn.Linear` and `Conv1D`, in the model's order, but not the head.
+    """Name -> module of every linear layer, in the model's order, except the head.
 
-    The head (`model.get_output_embeddings()`, where a model has that) often shares the
-    embeddings' memory, and is left alone with them, as by all libraries.
+    Linear layers are `nn.Linear`, its subclasses that compute the same, and `Conv1D`. The head
+    (`model.get_output_embeddings()`, where a model has that) often shares the embeddings' memory,
+    and is left alone with them, as by all libraries.
     """
     head = None
     if hasattr(model, "get_output_embeddings"):
@@ -43,9 +54,60 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        # type(), not isinstance: bitsandbytes' and torch's quantized layers derive from nn.Linear
-        if (type(module) is nn.Linear or is_conv1d(module)) and module is not head
+        if (_is_linear(module) or is_conv1d(module)) and module is not head
     }
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if type(module) is nn.Linear or not isinstance(module, nn.Linear):
+        return type(module) is nn.Linear
+    own = {*module._parameters} <= {"weight", "bias"} and not module._buffers
+    if not own or module._modules or type(module.weight) is not nn.Parameter:
+        return False
+    return module.weight.is_floating_point() and _computes_as_linear(module)
+
+
+@torch.no_grad()
+def _computes_as_linear(module: nn.Linear) -> bool:
+    """Tries a copy with a small weight. Whole numbers: exact in whatever order they are added."""
+    small = copy.copy(module)
+    weight, bias = torch.tensor([[1.0, -2.0, 4.0], [8.0, 3.0, -5.0]]), torch.tensor([7.0, -9.0])
+    bias = None if module.bias is None else bias
+    small._parameters = {"weight": nn.Parameter(weight), "bias": bias}
+    small.in_features, small.out_features = 3, 2
+    small._forward_pre_hooks, small._forward_hooks = {}, {}
+    x = torch.tensor([[[1.0, 2.0, 3.0], [-4.0, 6.0, 5.0]]])
+    try:
+        y = type(module).forward(small, x)
+    except Exception:  # whatever it needs, it is no plain linear layer
+        return False
+    return isinstance(y, torch.Tensor) and torch.equal(y, nn.functional.linear(x, weight, bias))
+
+
+def expert_stacks(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter of weights that hold many matrices in one tensor, (experts, rows, columns).
+
+    Mixtures of experts keep them so in transformers 5. Kernels of convolutions are not meant.
+    """
+    return {
+        f"{owner}.{name}".lstrip("."): parameter
+        for owner, module in model.named_modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and min(parameter.shape) > 1
+    }
+
+
+def check_all_reached(model: nn.Module) -> None:
+    """Raises ValueError for a model most of whose weights are in no linear layer."""
+    if stacks := expert_stacks(model):
+        name, stack = next(iter(stacks.items()))
+        count = sum(parameter.numel() for parameter in stacks.values())
+        raise ValueError(
+            f"{name} holds the weights of {stack.shape[0]} experts in one tensor of shape "
+            f"{tuple(stack.shape)}; {len(stacks)} such tensors, {count / 1e6:.1f}M weights, would "
+            "stay unquantized: mixtures of experts in this form are not supported"
+        )
 
 
 def replace_layers(
@@ -57,8 +119,8 @@ def replace_layers(
     """Puts `make(name, layer)` in the place of every linear layer; returns the model.
 
     All or none: when `make` fails, or the reader interrupts, the layers replaced so far are put
-    back before the error goes on. Shows a progress bar over the layers if `progress`. Raises
-    ValueError where there is no linear layer (left).
+    back before the error is raised again. Shows a progress bar over the layers if `progress`.
+    Raises ValueError if there is no linear layer (left), and for experts in one tensor.
     """
     layers = linear_layers(model)
     if not layers:
@@ -66,6 +128,7 @@ def replace_layers(
             f"{type(model).__name__} has no nn.Linear or Conv1D to quantize, besides its head: "
             "was it quantized before?"
         )
+    check_all_reached(model)
     from tqdm.auto import tqdm
 
     done = []
@@ -79,3 +142,29 @@ def replace_layers(
             model.set_submodule(name, layer)
         raise
     return model
+
+
+@contextmanager
+def watch(modules: dict[str, nn.Module], see: Callable[[str, tuple, dict], None]) -> Iterator[None]:
+    """Meanwhile `see(name, args, kwargs)` is called before one of the modules computes."""
+    handles = [
+        module.register_forward_pre_hook(
+            lambda module, args, kwargs, name=name: see(name, args, kwargs), with_kwargs=True
+        )
+        for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in eval mode; afterwards in the mode that it had."""
+    training = model.training
+    try:
+        yield model.eval()
+    finally:
+        model.train(training)

@@ -17,13 +17,14 @@ from itertools import chain
 import torch
 from torch import nn
 
-from chapter13.whole_model.layers import linear_layers
+from chapter13.corpus import check_tokens
+from chapter13.whole_model.layers import linear_layers, watch
 
 TOKENS_AT_ONCE = 4096  # in one pass through a block
 _PROBE = 8  # tokens that show which layers read the same input
 
 
-class _Reached(Exception):
+class _StopForward(Exception):
     """Ends a pass at the place whose tensor was wanted; carries the tensor."""
 
 
@@ -57,19 +58,25 @@ def outside_blocks(model: nn.Module) -> list[str]:
 class Walk:
     """Calibration text on its way through the blocks of a model, one block after the other.
 
-    `tokens`: int64 (sequences, length). What the walk holds are the hidden states before the block
-    that comes next: float32, (sequences, length, hidden size) for each batch. The model is in eval
-    mode from then on; only the function that `visit` calls back changes its layers.
+    `tokens`: int64 (sequences, length), or None for a method that reads no text: then a few tokens
+    are only used to try out blocks. The walk holds the hidden states before the next block:
+    float32, (sequences, length, hidden size) for each batch. The model is in eval mode from then
+    on; only the function that `visit` calls back changes its layers.
 
     Raises TypeError or ValueError for tokens of another data type or shape, or beyond the
     vocabulary, and ValueError as `find_blocks`.
     """
 
-    def __init__(self, model: nn.Module, tokens: torch.Tensor):
-        check_tokens(model, tokens, "calibration tokens")
+    def __init__(self, model: nn.Module, tokens: torch.Tensor | None):
         self.name, self.blocks = find_blocks(model)
         self.model = model.eval()
-        self._in_tuple = None
+        self._extras: dict[type, tuple | None] = {}
+        if tokens is None:
+            tokens = torch.arange(_PROBE)[None] % model.get_input_embeddings().num_embeddings
+            self._probe = self._enter(tokens)
+            self.hidden, self._calls = [], []
+            return
+        check_tokens(model, tokens, "calibration tokens")
         self._probe = self._enter(tokens[:1, :_PROBE])
         batches = tokens.split(max(1, TOKENS_AT_ONCE // tokens.shape[1]))
         entered = [self._enter(batch) for batch in batches]
@@ -86,23 +93,16 @@ class Walk:
         layers = linear_layers(block)
         seen: list[tuple[torch.Tensor, list[str]]] = []
 
-        def see(name, x):
+        def see(name, args, kwargs):
+            x = args[0]
             for tensor, names in seen:  # all are kept: a freed one's memory would serve another
                 if tensor is x:
                     names.append(name)
                     return
             seen.append((x, [name]))
 
-        hooks = [
-            layer.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
-            for name, layer in layers.items()
-        ]
-        hidden, calls = self._probe
-        try:
-            self._run(index, hidden, calls)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with watch(layers, see):
+            self._run(index, *self._probe)
         missing = set(layers) - {name for _, names in seen for name in names}
         if missing:
             raise ValueError(
@@ -119,9 +119,11 @@ class Walk:
         it changes then compute with their new weights, so the next group's inputs are those of a
         block that is quantized so far.
 
-        The first batch waits at each group while the others follow up to there from the block's
-        beginning. Text that fits into one batch passes but once.
+        Text that fits into one batch passes once.
         """
+        # The first batch waits inside a hook at each group while the others run up to there from
+        # the block's beginning. Running all of them for each group would be plainer, and would
+        # send a single batch through most of the block several times.
         fetching = None  # the layer whose input another batch is under way to fetch
 
         def fetch(batch, layer):
@@ -129,7 +131,7 @@ class Walk:
             fetching = layer
             try:
                 self.through(index, batch)
-            except _Reached as reached:
+            except _StopForward as reached:
                 return reached.args[0]
             finally:
                 fetching = None
@@ -138,7 +140,7 @@ class Walk:
         def reach(names, layer, x):
             x = x.reshape(-1, x.shape[-1])
             if fetching is layer:
-                raise _Reached(x)
+                raise _StopForward(x)
             if fetching is None:
                 others = (fetch(batch, layer) for batch in range(1, len(self.hidden)))
                 change(names, chain([x], others))
@@ -155,8 +157,39 @@ class Walk:
                 hook.remove()
         self.hidden = [first, *(self.through(index, b) for b in range(1, len(self.hidden)))]
 
+    def calls(self, index: int, names: list[str]) -> dict[str, list[tuple[tuple, dict]]]:
+        """(args, kwargs) of each named module of a block, for each batch of the hidden states."""
+        block, seen = self.blocks[index], {name: [] for name in names}
+        modules = {name: block.get_submodule(name) for name in names}
+        with watch(modules, lambda name, args, kwargs: seen[name].append((args, kwargs))):
+            for batch in range(len(self.hidden)):
+                self.through(index, batch)
+        return seen
+
+    def inputs(self, index: int) -> dict[str, torch.Tensor]:
+        """What reaches each linear layer of a block: name -> (tokens, in_features)."""
+        groups = self.groups(index)
+        seen = self.calls(index, [names[0] for names in groups])
+        joined = {first: tokens_of(calls) for first, calls in seen.items()}
+        return {name: joined[names[0]] for names in groups for name in names}
+
+    def try_out(self, index: int) -> None:
+        """Lets a block compute a few tokens as it is now.
+
+        Raises ValueError if it fails, or gives NaN or Inf: which block, and why.
+        """
+        try:
+            out = self._run(index, *self._probe)
+        except Exception as error:
+            raise ValueError(
+                f"{self.name}.{index} ({type(self.blocks[index]).__name__}) does not compute with "
+                f"quantized layers: {type(error).__name__}: {error}"
+            ) from error
+        if not out.isfinite().all():
+            raise ValueError(f"{self.name}.{index} gives NaN or Inf with quantized layers")
+
     def advance(self, index: int) -> None:
-        """Sends the hidden states through a block as it is."""
+        """Sends the hidden states through a block in its present form."""
         self.hidden = [self.through(index, batch) for batch in range(len(self.hidden))]
 
     def through(self, index: int, batch: int) -> torch.Tensor:
@@ -177,25 +210,39 @@ class Walk:
         The model runs, but its blocks only note what they are called with besides hidden states
         (masks, positions) and hand these on. After the last block the run ends.
         """
-        calls, entered = [], []
+        calls, entered, passed_on = [], [], []
 
-        def note(block, hidden, *args, **kwargs):
+        def note(block, *args, **kwargs):
+            hidden, *args = args if args else [kwargs.pop("hidden_states")]
             entered.append(hidden)
-            calls.append(_as_float32((args, kwargs)))
-            if self._in_tuple is None:  # how do such blocks return? the first one shows it
+            given = [*args, *kwargs.values()]
+            if any(value is other for value in given for other in passed_on):
+                raise ValueError(f"{kind}: its blocks hand on more than their hidden states")
+            calls.append(_as_float32((tuple(args), kwargs)))
+            if type(block) not in self._extras:  # what such blocks return: the first one shows it
                 with _float32(block):
                     out = type(block).forward(block, hidden.float(), *args, **kwargs)
-                self._in_tuple = isinstance(out, tuple)
+                self._extras[type(block)] = out[1:] if isinstance(out, tuple) else None
             if len(calls) == len(self.blocks):
-                raise _Reached
-            return (hidden,) if self._in_tuple else hidden
+                raise _StopForward
+            extras = self._extras[type(block)]
+            passed_on.extend(extra for extra in extras or () if extra is not None)
+            return hidden if extras is None else (hidden, *extras)
 
+        kind = type(self.model).__name__
         try:
             for block in self.blocks:
                 block.forward = partial(note, block)
             self.model(tokens.to(self.model.device), use_cache=False)
-        except _Reached:
+        except _StopForward:
             return entered[0].float(), calls
+        except ValueError:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"{kind} cannot be walked through block by block, at block {len(calls)}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         finally:
             for block in self.blocks:
                 del block.forward
@@ -204,18 +251,9 @@ class Walk:
         )
 
 
-def check_tokens(model: nn.Module, tokens: torch.Tensor, what: str = "tokens") -> None:
-    """Raises TypeError or ValueError unless these are tokens of a model, (sequences, length)."""
-    if not isinstance(tokens, torch.Tensor) or tokens.is_floating_point():
-        raise TypeError(f"{what} must be an integer torch.Tensor")
-    if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
-        raise ValueError(
-            f"{what} must have shape (sequences, length), length 2 at least, "
-            f"not {tuple(tokens.shape)}"
-        )
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if tokens.min() < 0 or tokens.max() >= vocabulary:
-        raise ValueError(f"{what} reach {int(tokens.max())}, the model knows 0 to {vocabulary - 1}")
+def tokens_of(calls: list[tuple[tuple, dict]]) -> torch.Tensor:
+    """What reached a linear layer in some calls of it: (tokens, in_features)."""
+    return torch.cat([args[0].reshape(-1, args[0].shape[-1]) for args, _ in calls])
 
 
 @contextmanager

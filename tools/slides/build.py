@@ -12,7 +12,6 @@ reveal.js and MathJax come from npm, in the versions and with the hashes of pack
 import argparse
 import html
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ from pathlib import Path
 import nbformat
 from nbconvert import SlidesExporter
 
+from chapter13.atomic import replacing
 from tools.notebooks import ROOT, numbered
 
 HERE = Path(__file__).resolve().parent
@@ -83,9 +83,8 @@ def fetch_packages():
 
 def write(path, text):
     """Write in one step: whoever reads `path` meanwhile sees the old or the new."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(part, path)
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8", newline="\n")
 
 
 def title_page(notebook):

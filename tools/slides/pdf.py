@@ -6,12 +6,12 @@ A headless Chromium or Chrome prints reveal.js's own layout for printing.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
+from chapter13.atomic import replacing
 from tools.browser import NoBrowser, launch
 from tools.notebooks import numbered
 from tools.slides.build import NoPackages, build
@@ -28,9 +28,8 @@ def print_pdf(browser, deck):
             timeout=60_000,
         ).json_value()
         page.wait_for_function(f"document.querySelectorAll('.pdf-page').length === {slides}")
-        part = deck.with_name(f".{deck.stem}.pdf.part")
-        page.pdf(path=part, prefer_css_page_size=True, print_background=True)
-        os.replace(part, deck.with_suffix(".pdf"))
+        with replacing(deck.with_suffix(".pdf")) as part:
+            page.pdf(path=part, prefer_css_page_size=True, print_background=True)
     finally:
         page.close()
     return deck.with_suffix(".pdf")
