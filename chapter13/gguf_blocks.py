@@ -164,7 +164,8 @@ def read(path: Path | str) -> GGUF:
     does not reach the file. Whoever shortens the file while it is mapped ends this program.
 
     Raises OSError for a file that cannot be opened, ValueError for one that is not sound: cut
-    off, or with counts, lengths, types or places that cannot be; it names the byte.
+    off, or with counts, lengths, types or places that cannot be; it names the byte. Also ValueError
+    for one part of a split file, which holds some of a model's tensors only.
     """
     path = Path(path)
     with path.open("rb") as file:
@@ -172,8 +173,14 @@ def read(path: Path | str) -> GGUF:
     mapping = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
     try:
         metadata, entries = gguf_file.parse(mapping.numpy().data)
+        part, parts = gguf_file.part_of(metadata)
     except ValueError as error:
         raise ValueError(f"{path} is not a sound GGUF file: {error}") from None
+    if parts > 1:
+        raise ValueError(
+            f"{path} is part {part} of {parts} of a split file and lacks the others' tensors: join "
+            "them with llama.cpp's `llama-gguf-split --merge FIRST_PART WHOLE` and read WHOLE"
+        )
     return GGUF(metadata, _Tensors(mapping, entries))
 
 
