@@ -139,8 +139,13 @@ def quantize(weight: torch.Tensor, kind: str) -> BlockTensor:
 
 
 def plain(tensor: torch.Tensor) -> BlockTensor:
-    """A tensor of float32 as a file holds it; norms and biases go out like this."""
+    """A tensor of float32 as a file holds it; norms are written like this.
+
+    Raises TypeError and ValueError as `quantize` does: for no floating-point tensor, an empty one,
+    NaN and Inf.
+    """
     values = check_weight(tensor).float().contiguous()
+    check_finite(values, values.abs().amax())
     return BlockTensor("F32", values.shape, values.view(-1, 1).view(torch.uint8))
 
 
