@@ -139,8 +139,13 @@ def quantize(weight: torch.Tensor, kind: str) -> BlockTensor:
 
 
 def plain(tensor: torch.Tensor) -> BlockTensor:
-    """A tensor of float32 as a file holds it; norms and biases go out like this."""
+    """A tensor of float32 as a file holds it; norms are written like this.
+
+    Raises TypeError and ValueError as `quantize` does: for no floating-point tensor, an empty one,
+    NaN and Inf.
+    """
     values = check_weight(tensor).float().contiguous()
+    check_finite(values, values.abs().amax())
     return BlockTensor("F32", values.shape, values.view(-1, 1).view(torch.uint8))
 
 
@@ -164,7 +169,8 @@ def read(path: Path | str) -> GGUF:
     does not reach the file. Whoever shortens the file while it is mapped ends this program.
 
     Raises OSError for a file that cannot be opened, ValueError for one that is not sound: cut
-    off, or with counts, lengths, types or places that cannot be; it names the byte.
+    off, or with counts, lengths, types or places that cannot be; it names the byte. Also ValueError
+    for one part of a split file, which holds some of a model's tensors only.
     """
     path = Path(path)
     with path.open("rb") as file:
@@ -172,8 +178,14 @@ def read(path: Path | str) -> GGUF:
     mapping = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
     try:
         metadata, entries = gguf_file.parse(mapping.numpy().data)
+        part, parts = gguf_file.part_of(metadata)
     except ValueError as error:
         raise ValueError(f"{path} is not a sound GGUF file: {error}") from None
+    if parts > 1:
+        raise ValueError(
+            f"{path} is part {part} of {parts} of a split file and lacks the others' tensors: join "
+            "them with llama.cpp's `llama-gguf-split --merge FIRST_PART WHOLE` and read WHOLE"
+        )
     return GGUF(metadata, _Tensors(mapping, entries))
 
 

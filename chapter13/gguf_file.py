@@ -204,6 +204,17 @@ def alignment_of(metadata: dict) -> int:
     return int(alignment)
 
 
+def part_of(metadata: dict) -> tuple[int, int]:
+    """(which part of a split file this is, from 1 on; of how many); (1, 1) for a whole file.
+
+    Raises ValueError if split.no or split.count is no integer.
+    """
+    number, count = (metadata.get(f"split.{name}", np.uint16(0)) for name in ("no", "count"))
+    if not isinstance(number, np.integer) or not isinstance(count, np.integer):
+        raise ValueError(f"split.no is {number!r} and split.count {count!r}: both must be integers")
+    return (int(number) + 1, int(count)) if count > 1 else (1, 1)  # 0 after a merge
+
+
 def _entry(cursor: _Cursor, name: str) -> tuple[int, Entry]:
     """(where its offset stands in the file, the entry with that offset as it is written)."""
     start = cursor.at

@@ -199,6 +199,14 @@ def test_plain_tensors():
     assert torch.equal(plain(norm.half()).dequantize(), norm.half().float())
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e300])
+def test_plain_tensors_must_be_finite_in_float32(value):
+    norm = random()[0].double()
+    norm[7] = value
+    with pytest.raises(ValueError, match=r"holds 1 NaN or Inf among 96 .* at \[7\]"):
+        plain(norm)
+
+
 @pytest.mark.parametrize(
     ("weight", "kind", "error", "said"),
     [

@@ -346,3 +346,35 @@ def test_no_file(tmp_path):
         read(tmp_path / "none.gguf")
     with pytest.raises(IsADirectoryError):
         read(tmp_path)
+
+
+def test_a_part_of_a_split_file_is_not_read_as_the_whole(tmp_path):
+    def split(number, count):
+        metadata = {"split.no": number, "split.count": count, "split.tensors.count": np.int32(9)}
+        return write(tmp_path / "part.gguf", metadata, tensors())
+
+    for number in range(3):
+        path = split(np.uint16(number), np.uint16(3))
+        with pytest.raises(ValueError, match=rf"part\.gguf is part {number + 1} of 3 .*--merge"):
+            read(path)
+        with path.open("rb") as file:  # its bytes are sound
+            assert len(parse(memoryview(file.read()))[1]) == len(tensors())
+    for count in (0, 1):  # joined again, or never more than one
+        assert list(read(split(np.uint16(0), np.uint16(count))).tensors) == list(tensors())
+    for number, count in (("0", np.uint16(2)), (np.uint16(0), "2"), (np.uint16(0), np.ones(2))):
+        with pytest.raises(ValueError, match="not a sound GGUF file: split.no is .* be integers"):
+            read(split(number, count))
+
+
+def test_a_part_that_the_gguf_library_wrote_is_recognized(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "w.gguf", "llama", split_max_tensors=1)
+    for name in "ab":
+        writer.add_tensor(name, np.ones((2, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    first, second = sorted(tmp_path.iterdir())
+    for path, part in ((first, 1), (second, 2)):
+        with pytest.raises(ValueError, match=f"is part {part} of 2 of a split file"):
+            read(path)
