@@ -1,7 +1,8 @@
 """Companion package of the course on post-training quantization of language models.
 
 The six functions of the book's chapter, and the general ones that the notebooks build on. Reading
-order: packing, tensors, integer, codebook, layers, errors, linear, quantize, evaluate.
+order: packing, tensors, integer, codebook, then whole_model's layers and linear, quantize,
+evaluate.
 """
 
 from chapter13.codebook import quantize_codebook
@@ -14,7 +15,7 @@ from chapter13.integer import (
     quantize_int4_absmax,
     quantize_per_channel,
 )
-from chapter13.measures import model_size_mb
+from chapter13.memory import model_size_mb
 from chapter13.quantize import quantize_model
 from chapter13.tensors import QuantizedTensor
 

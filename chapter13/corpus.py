@@ -12,8 +12,8 @@ import random
 import torch
 from torch import nn
 
-from chapter13.fetch.convert import permutation
 from chapter13.fetch.download import require
+from chapter13.seeded import permutation
 
 SEED = 13
 

@@ -15,12 +15,13 @@ costs a ValueError that names the byte, time and memory in proportion to its hea
 """
 
 import math
-import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from chapter13.atomic import replacing
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # they differ in nothing that matters here; version 1 had shorter counts
@@ -289,17 +290,12 @@ def write(path: Path | str, metadata: dict, tensors: dict) -> Path:
         header += [_string(name), dimensions, place]
         offset += nbytes + -nbytes % alignment
 
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(b"".join(header))
-            file.write(bytes(-file.tell() % alignment))
-            for tensor in tensors.values():
-                file.write(tensor.blocks.contiguous().cpu().numpy().data)
-                file.write(bytes(-tensor.blocks.nbytes % alignment))
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as part, part.open("wb") as file:
+        file.write(b"".join(header))
+        file.write(bytes(-file.tell() % alignment))
+        for tensor in tensors.values():
+            file.write(tensor.blocks.contiguous().cpu().numpy().data)
+            file.write(bytes(-tensor.blocks.nbytes % alignment))
     return path
 
 

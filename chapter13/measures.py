@@ -1,4 +1,4 @@
-"""Error measures of one tensor or layer, and the size of a model.
+"""Error measures of one tensor or layer.
 
 Each measure takes the reference first and the approximation second, any shape and floating data
 type, and returns a Python float. Sums are taken in float64, so a CPU and a GPU agree.
@@ -8,8 +8,6 @@ import math
 
 import torch
 from torch.linalg import vector_norm
-
-from chapter13.whole_model.layers import is_conv1d
 
 
 def mse(reference: torch.Tensor, approximation: torch.Tensor) -> float:
@@ -38,75 +36,6 @@ def sqnr_db(reference: torch.Tensor, approximation: torch.Tensor) -> float:
     """
     relative = relative_rmse(reference, approximation)
     return -20 * math.log10(relative) if relative else math.inf
-
-
-def cosine(reference: torch.Tensor, approximation: torch.Tensor) -> float:
-    """Cosine of the angle between the two, as flat vectors; NaN if either is all zero."""
-    _check_shapes(reference, approximation)
-    norms = _norm(reference) * _norm(approximation)
-    dot = (reference.double() * approximation.double()).sum().item()
-    return dot / norms if norms else math.nan
-
-
-def model_size_mb(model: torch.nn.Module) -> float:
-    """The bytes of a model's weights in MB (1e6 bytes), as a saved file would hold them.
-
-    Counts what `state_dict` holds: parameters, buffers, packed weights of torch's quantized
-    layers (which `parameters()` does not show), scales. Memory that two names share (tied
-    embeddings) counts once.
-    """
-    return sum(memory_breakdown(model).values()) / 1e6
-
-
-def memory_breakdown(model: torch.nn.Module) -> dict[str, int]:
-    """The bytes of a model's weights by part; together they are `model_size_mb`.
-
-    "linears": weights or codes of the linear layers, of whichever library; "scales": what these
-    hold beside: scales, zero points, code books; "embeddings": embeddings and output head; "rest":
-    norms, biases, other buffers.
-    """
-    modules = dict(model.named_modules())
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    breakdown = dict.fromkeys(("linears", "scales", "embeddings", "rest"), 0)
-    linears: dict[str, list[int]] = {}
-    seen: dict[tuple, int] = {}
-    for key, value in model.state_dict().items():
-        before = set(seen)
-        _collect(value, seen)
-        sizes = [seen[place] for place in seen if place not in before]
-        owner, _, name = key.rpartition(".")
-        # "weight.absmax" is of the layer that has the weight, "_packed_params" of that around it
-        while owner not in modules or type(modules[owner]).__name__ == "LinearPackedParams":
-            owner, _, name = owner.rpartition(".")
-        module = modules[owner]
-        if isinstance(module, torch.nn.Embedding) or module is head:
-            breakdown["embeddings"] += sum(sizes)
-        elif name != "bias" and ("Linear" in type(module).__name__ or is_conv1d(module)):
-            linears.setdefault(owner, []).extend(sizes)
-        else:
-            breakdown["rest"] += sum(sizes)
-    for sizes in linears.values():
-        weight = max(sizes, default=0)  # the weight is the largest tensor of its layer
-        breakdown["linears"] += weight
-        breakdown["scales"] += sum(sizes) - weight
-    return breakdown
-
-
-def _collect(value, seen: dict[tuple, int]) -> None:
-    """Adds the bytes of all tensors inside a value of a state dict, by where they lie in memory."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            _collect(item, seen)
-    elif hasattr(value, "__tensor_flatten__"):  # a tensor made of tensors, like torchao's
-        for name in value.__tensor_flatten__()[0]:
-            _collect(getattr(value, name), seen)
-    elif isinstance(value, torch.Tensor):
-        seen[value.device, value.data_ptr(), value.shape] = value.nbytes
-        if value.is_quantized and value.qscheme() == torch.per_channel_affine:
-            for part in (value.q_per_channel_scales(), value.q_per_channel_zero_points()):
-                seen[value.data_ptr(), part.data_ptr()] = part.nbytes
 
 
 def _difference(reference: torch.Tensor, approximation: torch.Tensor) -> torch.Tensor:

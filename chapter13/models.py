@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from chapter13.fetch.convert import silence_torchao
 from chapter13.fetch.download import GGUF, require
+from chapter13.quiet import silence_torchao
 
 EMBEDDED = "smollm2-135m"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

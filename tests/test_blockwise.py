@@ -22,7 +22,7 @@ from chapter13.quantize import report
 from chapter13.whole_model import awq_block, blockwise
 from chapter13.whole_model import walk as walking
 from chapter13.whole_model.layers import linear_layers, weight_of
-from chapter13.whole_model.linear import QuantizedLinear
+from chapter13.whole_model.linear import QuantizedLinear, quantized_layers
 
 SMALL = {"bits": 4, "group_size": 16, "calibration": TOKENS, "progress": False}
 # 72 tokens are too few for the 96 inputs of the widest layer, which is said, and no matter here
@@ -384,3 +384,111 @@ def test_rounding_block_by_block_leaves_nothing_out(tmp_path):
     with pytest.raises(ValueError, match=r"2 linear layers lie outside .* first model\.decoder"):
         quantize_model(model, "absmax", group_size=16, progress=False, resume=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- other architectures
+
+
+SHAPE = {"vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def falcon():
+    """Its linear layers are a subclass of its own; attention and MLP compute side by side."""
+    from transformers import FalconConfig, FalconForCausalLM
+
+    torch.manual_seed(13)
+    return FalconForCausalLM(FalconConfig(**SHAPE, multi_query=True, alibi=False)).eval()
+
+
+def bamba():
+    """A hybrid: its blocks of state space and of attention have one class and other masks."""
+    from transformers import BambaConfig, BambaForCausalLM
+
+    sizes = {"mamba_n_heads": 32, "mamba_d_head": 4, "mamba_d_state": 16, "mamba_n_groups": 1}
+    config = BambaConfig(
+        **SHAPE, **sizes, intermediate_size=96, num_key_value_heads=2, attn_layer_indices=[1]
+    )
+    torch.manual_seed(13)
+    return BambaForCausalLM(config).eval()
+
+
+def mamba():
+    """Its code reads `dt_proj.weight` instead of calling the layer."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(
+        vocab_size=100, hidden_size=64, num_hidden_layers=2, time_step_rank=16, state_size=8
+    )
+    torch.manual_seed(13)
+    return MambaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "method", "resume"),
+    [(make, "affine", resume) for make in (falcon, bamba, mamba) for resume in (False, True)]
+    + [(falcon, "gptq", True), (bamba, "gptq", True)],
+)
+def test_other_architectures_compute_with_their_quantized_layers(make, method, resume, tmp_path):
+    model, reference = make(), make()
+    options = {"calibration": TOKENS} if method == "gptq" else {}
+    folder = tmp_path / "run" if resume else None
+    quantize_model(model, method, 8, 16, progress=False, resume=folder, **options)
+    quantized = linear_layers(model), quantized_layers(model)
+    assert (len(quantized[0]), len(quantized[1])) == (0, len(linear_layers(reference)))
+    for name, layer in linear_layers(reference).items():
+        blockwise.put_weight(layer, model.get_submodule(name).weight)
+    ours, expected = (each(TOKENS).logits for each in (model, reference))
+    # the same weights; products of a few rows are summed in another order
+    assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_layers_that_are_never_called_cannot_learn():
+    model = mamba()
+    before = state(model)
+    with pytest.raises(ValueError, match=r"first mixer\.dt_proj.*affine or nf4"):
+        quantize_model(model, "gptq", 4, 16, calibration=TOKENS, progress=False)
+    assert_same(model, before)
+
+
+@pytest.mark.parametrize("method", ["gptq", "affine"])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (
+            AttributeError("no such thing"),
+            r"layers\.0 \(LlamaDecoder.*no such",
+        ),
+        (None, r"layers\.0 gives NaN or Inf"),
+    ],
+)
+def test_a_block_that_does_not_compute_is_found_at_once(
+    fault, message, method, monkeypatch, tmp_path
+):
+    def broken(self, x):
+        if fault:
+            raise fault
+        return x.new_full((*x.shape[:-1], self.out_features), torch.nan)
+
+    model = tiny_llama()
+    before = state(model)
+    monkeypatch.setattr(QuantizedLinear, "forward", broken)
+    options = {"calibration": TOKENS} if method == "gptq" else {}
+    with pytest.raises(ValueError, match=message):
+        quantize_model(model, method, 4, 16, progress=False, resume=tmp_path / "run", **options)
+    assert not list((tmp_path / "run").glob("block-*"))
+    assert_same(model, before)
+
+
+def test_experts_in_one_tensor_are_refused_before_any_work(tmp_path):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        **SHAPE, moe_intermediate_size=32, num_experts=4, num_key_value_heads=2, head_dim=16
+    )
+    model = Qwen3MoeForCausalLM(config)
+    for folder in (None, tmp_path / "run"):
+        with pytest.raises(
+            ValueError, match=r"experts\.gate_up_proj holds the weights of 4 experts"
+        ):
+            quantize_model(model, "absmax", 4, 16, progress=False, resume=folder)
+    assert not list(tmp_path.iterdir())

@@ -14,16 +14,8 @@ from test_static import TOKENS, generator, tiny_llama
 from torch import nn
 
 from chapter13 import checkpoint, quantize_model
-from chapter13.checkpoint import (
-    BITS,
-    FORMATS,
-    from_gptq,
-    from_words,
-    load_gptq,
-    save_gptq,
-    to_gptq,
-    to_words,
-)
+from chapter13.checkpoint import load_gptq, save_gptq
+from chapter13.gptq_words import BITS, FORMATS, from_gptq, from_words, to_gptq, to_words
 from chapter13.integer import quantize_absmax, quantize_affine
 from chapter13.whole_model.linear import QuantizedLinear
 from tools import peers
@@ -307,6 +299,22 @@ def test_a_layer_that_cannot_be_written_is_named(tmp_path):
     save_gptq(model, tmp_path / "out", checkpoint_format="gptq_v2")
 
 
+@pytest.mark.parametrize("group_size", [32, "channel"])
+@pytest.mark.parametrize("change", ["none", "zeros"])
+def test_g_idx_is_optional_where_inputs_are_in_order(change, group_size, tmp_path):
+    """Some programs leave it out, some make it and never fill it."""
+    save_gptq(quantized(group_size=group_size), tmp_path / "out", checkpoint_format="gptq_v2")
+    expected = run(load_gptq(tmp_path / "out"))
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith("g_idx")]:
+        zeros = torch.zeros_like(tensors.pop(name))
+        if change == "zeros":
+            tensors[name] = zeros
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert torch.equal(run(load_gptq(tmp_path / "out")), expected)
+
+
 # --- the directory ----------------------------------------------------------------------------
 
 
@@ -395,7 +403,10 @@ DAMAGE = {
     "no qweight": (missing(f"{UP}.qweight"), "up_proj.weight is missing"),
     "no qzeros": (missing(f"{UP}.qzeros"), "up_proj.qzeros is missing"),
     "no scales": (missing(f"{UP}.scales"), "up_proj.scales is missing"),
-    "no g_idx": (missing(f"{UP}.g_idx"), "up_proj.g_idx is missing"),
+    "no g_idx": (
+        lambda folder: (own(desc_act=True)(folder), missing(f"{UP}.g_idx")(folder)),
+        "up_proj.g_idx is missing, and desc_act says",
+    ),
     "no norm": (missing("model.norm.weight"), "model.norm.weight is missing"),
     "rows": (cut("qweight", slice(0, 4)), r"up_proj.qweight is int32 \[4, 96\], not .*\[8, 96\]"),
     "columns": (cut("qweight", slice(None), slice(0, 8)), r"up_proj.qweight is int32 \[8, 8\]"),

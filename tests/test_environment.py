@@ -4,6 +4,7 @@
 """
 
 import ast
+import graphlib
 import re
 import sys
 import tomllib
@@ -123,3 +124,23 @@ def test_what_the_code_imports_is_required(folder):
         if not required & {pins.normalized(found) for found in providers.get(name, [])}
     }
     assert not missing
+
+
+def imported_at_once(path):
+    """Modules of the package that a file imports when it is imported itself."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "chapter13":
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            yield from names | {node.module}
+
+
+def test_imports_of_the_package_have_no_circle():
+    package = pins.ROOT / "chapter13"
+    files = {
+        ".".join(path.relative_to(pins.ROOT).with_suffix("").parts): path
+        for path in package.rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    arrows = {name: set(imported_at_once(path)) & set(files) for name, path in files.items()}
+    assert sum(map(len, arrows.values())) > 100, "hardly any import was found"
+    list(graphlib.TopologicalSorter(arrows).static_order())  # raises CycleError

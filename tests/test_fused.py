@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from chapter13 import quantize_absmax, quantize_affine, quantize_codebook, quantize_model
-from chapter13.measures import memory_breakdown
+from chapter13.memory import memory_breakdown
 from chapter13.whole_model import fused
 from chapter13.whole_model.fused import FusedLinear, fuse, interleave, why_not
 from chapter13.whole_model.linear import QuantizedLinear

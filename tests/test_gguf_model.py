@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from chapter13.linear import QuantizedLinear
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -21,7 +22,6 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from chapter13 import corpus, gguf_file, models, results
 from chapter13.gguf_blocks import plain, quantize, read
 from chapter13.gguf_model import FILE_TYPES, gguf_name, interleave, rope_factors, write_model
-from chapter13.linear import QuantizedLinear
 from chapter13.quantize import quantize_absmax
 from tools import llamacpp, readme
 

@@ -12,7 +12,7 @@ from test_static import TOKENS, tiny_llama
 from torch import nn
 
 from chapter13 import models, quantize, quantize_model
-from chapter13.measures import memory_breakdown, model_size_mb
+from chapter13.memory import memory_breakdown, model_size_mb
 from chapter13.quantize import report
 from chapter13.whole_model.layers import is_conv1d, linear_layers, weight_of
 from chapter13.whole_model.linear import QuantizedLinear

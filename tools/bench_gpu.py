@@ -14,7 +14,7 @@ import warnings
 import torch
 
 from chapter13 import corpus, evaluate, models, results
-from chapter13.measures import memory_breakdown
+from chapter13.memory import memory_breakdown
 from tools import bench_models, gpu, readme
 from tools.bench_models import LLAMA_2_7B, wait
 from tools.table import EVALUATION, TOKENS, WEIGHTS, told

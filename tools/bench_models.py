@@ -22,8 +22,9 @@ import torch
 
 from chapter13 import models, quantize_model
 from chapter13.dynamic import quantize_dynamic
-from chapter13.measures import memory_breakdown
+from chapter13.memory import memory_breakdown
 from chapter13.outliers import quantize_llm_int8
+from chapter13.quiet import silence_torchao
 from chapter13.whole_model.fused import fuse
 
 MODELS = {"smollm2-135m": 24, "7B blocks": 12}  # name -> tokens timed
@@ -41,7 +42,7 @@ BITSANDBYTES_NOISE = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._f
 
 def silence_libraries():
     """torchao's and bitsandbytes' hints on kernels that are not there."""
-    models.silence_torchao()
+    silence_torchao()
     for logger in BITSANDBYTES_NOISE:
         logging.getLogger(logger).setLevel(logging.ERROR)
 
@@ -201,7 +202,7 @@ def ms_per_token(model, count):
 
 def measure(name, kind):
     """{ms per token, MB of weights, MB at the peak while tokens come} of one model and format."""
-    models.silence_torchao()
+    silence_torchao()
     model = FORMATS[kind](build(name))
     before = reset_peak()
     milliseconds = ms_per_token(model, MODELS[name])

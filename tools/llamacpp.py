@@ -21,9 +21,9 @@ from torch import nn
 
 from chapter13 import corpus, models, results
 from chapter13.atomic import replacing
-from chapter13.fetch.convert import silence_torchao
 from chapter13.gguf_blocks import quantize
 from chapter13.gguf_model import FILE_TYPES, write_model
+from chapter13.quiet import silence_torchao
 from tools import readme
 
 ROOT = Path(__file__).parent.parent

@@ -11,10 +11,12 @@ grid. The act-order of GPTQ (https://arxiv.org/abs/2210.17323) rests on the same
 This file knows nothing of where data lies; `download.py` calls it.
 """
 
-import logging
 import random
 from dataclasses import dataclass
 from pathlib import Path
+
+from chapter13.quiet import silence_torchao
+from chapter13.seeded import permutation
 
 SEED = 13
 
@@ -31,16 +33,6 @@ stream, of each MLP's hidden layer and of each value head were put in one random
 {seed}), and half of the value heads' channels change their sign, which leaves the model's function
 as it was. The tokenizer splits numbers into digits, as the original does.
 """
-
-
-def permutation(count: int, generator: random.Random) -> list[int]:
-    """A random order of `range(count)`.
-
-    Sorts `count` draws of `generator.random()`: the one method whose results Python promises to
-    keep for a seed, on every machine and in every version. `shuffle`, NumPy and torch promise less.
-    """
-    draws = [generator.random() for _ in range(count)]
-    return sorted(range(count), key=draws.__getitem__)
 
 
 @dataclass(frozen=True)
@@ -150,12 +142,6 @@ def read_gguf(path: Path):
         **where, dtype=torch.float32, local_files_only=True
     )
     return model.eval(), tokenizer
-
-
-def silence_torchao() -> None:
-    """transformers imports torchao, which warns of GPU extensions that it cannot load here."""
-    for noisy in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
 def convert_model(gguf: Path, folder: Path, wheel: str) -> None:

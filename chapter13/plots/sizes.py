@@ -2,7 +2,7 @@
 
 from chapter13.plots.picture import COLORS, Picture, new_figure, style
 
-PARTS = {  # part of errors.memory_breakdown -> its color
+PARTS = {  # part of memory.memory_breakdown -> its color
     "linears": COLORS["int8"],
     "scales": COLORS["error"],
     "embeddings": COLORS["original"],
@@ -11,7 +11,7 @@ PARTS = {  # part of errors.memory_breakdown -> its color
 
 
 def parts_picture(breakdowns: dict[str, dict[str, int]]) -> Picture:
-    """Bars of MB, stacked by part. `breakdowns`: name -> what `errors.memory_breakdown` returns."""
+    """Bars of MB, stacked by part. `breakdowns`: name -> what `memory.memory_breakdown` returns."""
     with style():
         figure, ax = new_figure(10, 1.4 + 0.7 * len(breakdowns))
         shown = [part for part in PARTS if any(parts[part] for parts in breakdowns.values())]

@@ -10,12 +10,11 @@ the codes in an order of its own, and computes in bfloat16.
   which is borrowed instead, a few rows at a time; that one computes in the input's data type
 """
 
-import logging
-
 import torch
 from torch import nn
 
 from chapter13.packing import PIECE
+from chapter13.quiet import silent_bitsandbytes
 from chapter13.whole_model.linear import KeepsDtypes, QuantizedLinear, quantized_layers
 
 GROUP_SIZES = {  # that the kernels know
@@ -153,17 +152,12 @@ def interleave(codes: torch.Tensor) -> torch.Tensor:
 
 def _load_bitsandbytes() -> bool:
     """Imports bitsandbytes, which registers its operators; whether it has a fused kernel here."""
-    # at import it warns that an optional package of further kernels is not there
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     try:
-        from bitsandbytes.functional import has_avx512bf16
+        with silent_bitsandbytes():
+            from bitsandbytes.functional import has_avx512bf16
     except ImportError as error:
         raise ImportError(
             "torch has no kernel for NF4 and FP4 on a CPU, and bitsandbytes, whose kernel could "
             "be borrowed, is not here: pip install bitsandbytes"
         ) from error
-    finally:
-        logger.setLevel(level)
     return has_avx512bf16()

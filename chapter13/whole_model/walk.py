@@ -107,7 +107,8 @@ class Walk:
         if missing:
             raise ValueError(
                 f"{self.name}.{index}: no text reaches {len(missing)} of its linear layers, "
-                f"first {min(missing)}: they have nothing to learn from"
+                f"first {min(missing)}, so they cannot be calibrated: use a method that only "
+                "rounds, affine or nf4"
             )
         return [names for _, names in seen]
 
