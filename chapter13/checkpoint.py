@@ -20,12 +20,12 @@ from chapter13.gptq_words import (
     FLOATS,
     FORMATS,
     check_shape,
-    check_tensor,
     from_gptq,
     to_gptq,
 )
 from chapter13.models import skeleton
-from chapter13.whole_model.layers import linear_layers, weight_of
+from chapter13.tensors import check_part
+from chapter13.whole_model.layers import has_tied_head, linear_layers, weight_of
 from chapter13.whole_model.linear import QuantizedLinear, quantized_layers
 
 SHARD = 2**27  # bytes of a file, at most, and of what is in memory of it when it is written
@@ -100,8 +100,11 @@ def _stored_tensors(
     model: nn.Module, layers: dict[str, QuantizedLinear], checkpoint_format: str
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and tensors of a checkpoint in the model's order, each made when its turn comes."""
-    tied, done = set(model.all_tied_weights_keys), set()
+    done, seen = set(), set()
     for key, tensor in model.state_dict().items():
+        memory = tensor.device, tensor.data_ptr(), tensor.shape
+        tied = memory in seen and tensor.numel()  # given already, under its first name
+        seen.add(memory)
         owner = key.rpartition(".")[0]
         if owner in layers and owner not in done:
             done.add(owner)
@@ -113,9 +116,11 @@ def _stored_tensors(
             if layer.bias is not None:
                 stored["bias"] = layer.bias
             yield from ((f"{owner}.{part}", tensor) for part, tensor in stored.items())
-        elif owner not in layers and key not in tied:
+        elif owner in layers:
+            continue
+        elif not tied:
             yield key, tensor
-        elif key in tied and checkpoint_format == "gptq":
+        elif checkpoint_format == "gptq":
             # AutoGPTQ's loader ties what it did not find to memory that nothing was read into
             yield key, tensor.clone()
 
@@ -232,6 +237,7 @@ def _model_config(model: nn.Module, settings: dict) -> dict:
     """
     config = json.loads(model.config.to_json_string())
     config["architectures"] = [type(model).__name__]
+    config["tie_word_embeddings"] = has_tied_head(model)
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     config["quantization_config"] = settings
     rope = config.get("rope_parameters") or {}
@@ -254,8 +260,8 @@ def _check_place(directory: Path) -> None:
         ours = False
     if not ours:
         raise FileExistsError(
-            f"{directory} exists and is no checkpoint that save_gptq wrote, which alone it "
-            "replaces: choose another name, or remove it yourself"
+            f"{directory} exists and is not a checkpoint that save_gptq wrote, and it replaces "
+            "nothing else: choose another name, or remove it yourself"
         )
 
 
@@ -276,7 +282,7 @@ def _read_json(path: Path) -> dict:
     except ValueError as error:  # no JSON, or no UTF-8
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
+        raise ValueError(f"{path} does not hold a JSON object")
     return content
 
 
@@ -381,7 +387,7 @@ def _read_bias(bias: torch.Tensor | None, layer: nn.Module) -> torch.Tensor | No
         if layer.bias is not None:
             raise ValueError("bias is missing")
         return None
-    check_tensor({"bias": bias}, "bias", (weight_of(layer).shape[0],), FLOATS)
+    check_part("bias", bias, (weight_of(layer).shape[0],), FLOATS)
     if layer.bias is not None:
         return bias.float()
     if bias.any():

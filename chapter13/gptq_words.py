@@ -21,7 +21,7 @@ kept for compatibility, so it cannot hold a zero point of 0. "gptq_v2" stores it
 import torch
 
 from chapter13.packing import pack, unpack
-from chapter13.tensors import QuantizedTensor, scale_shape
+from chapter13.tensors import QuantizedTensor, check_part, scale_shape
 
 FORMATS = ("gptq", "gptq_v2")
 BITS = (2, 3, 4, 8)
@@ -115,9 +115,9 @@ def from_gptq(tensors: dict, shape: torch.Size, settings: dict) -> QuantizedTens
     if columns % size or columns * bits % 32 or rows * bits % 32:
         raise ValueError(f"qweight cannot hold {tuple(shape)} at {bits} bits in groups of {size}")
     groups = columns // size
-    check_tensor(tensors, "qweight", (columns * bits // 32, rows), INTEGERS)
-    check_tensor(tensors, "qzeros", (groups, rows * bits // 32), INTEGERS)
-    check_tensor(tensors, "scales", (groups, rows), FLOATS)
+    check_part("qweight", tensors.get("qweight"), (columns * bits // 32, rows), INTEGERS)
+    check_part("qzeros", tensors.get("qzeros"), (groups, rows * bits // 32), INTEGERS)
+    check_part("scales", tensors.get("scales"), (groups, rows), FLOATS)
     if not tensors["scales"].isfinite().all():
         raise ValueError("scales hold NaN or Inf")
     _check_order(tensors, columns, size, settings)
@@ -146,26 +146,13 @@ def _check_order(tensors: dict, columns: int, size: int, settings: dict) -> None
         if settings.get("desc_act") and size < columns:
             raise ValueError("g_idx is missing, and desc_act says that the inputs are reordered")
         return
-    check_tensor(tensors, "g_idx", (columns,), (torch.int32, torch.int64))
+    check_part("g_idx", tensors.get("g_idx"), (columns,), (torch.int32, torch.int64))
     group = tensors["g_idx"].long().cpu()
     unfilled = not group.any() and not settings.get("desc_act")
     if not unfilled and not torch.equal(group, torch.arange(columns) // size):
         raise ValueError(
             "g_idx puts the inputs into groups out of their order (desc_act): quantize again with "
             "static groups, or with desc_act=False"
-        )
-
-
-def check_tensor(tensors, part, shape, dtypes):
-    tensor = tensors[part]
-    if tensor is None:
-        raise ValueError(f"{part} is missing")
-    if tensor.shape != shape or tensor.dtype not in dtypes:
-        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"{part} is {dtype} {list(tensor.shape)}, but shape, bits and group size give {wanted} "
-            f"{list(shape)}"
         )
 
 

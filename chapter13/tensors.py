@@ -268,7 +268,7 @@ def _check(tensor: QuantizedTensor) -> None:
     if not isinstance(shape, torch.Size) or shape.numel() < 1:
         raise ValueError(f"shape must be a torch.Size of positive sides, not {shape!r}")
     count = shape.numel()
-    _check_part("packed", tensor.packed, (packed_size(count, bits),), (torch.uint8,))
+    check_part("packed", tensor.packed, (packed_size(count, bits),), (torch.uint8,))
 
     if kind in TABLES:
         if not is_group_size(size):
@@ -284,20 +284,21 @@ def _check(tensor: QuantizedTensor) -> None:
     if isinstance(nested, QuantizedTensor):
         if kind not in ("nf4", "fp4") or (nested.kind, nested.shape) != ("dynamic", scales):
             raise ValueError(f"{kind} of shape {tuple(shape)} cannot have the scales {nested!r}")
-        _check_part("scale_offset", offset, (), (torch.float32,))
+        check_part("scale_offset", offset, (), (torch.float32,))
     else:
         held = (torch.float32,) if kind in TABLES else (torch.float16, torch.float32)
-        _check_part("scale", nested, scales, held)
+        check_part("scale", nested, scales, held)
         if offset is not None:
             raise ValueError("scale_offset belongs to scales that are quantized in turn")
     if kind == "affine":
         zeros = (packed_size(math.prod(scales), bits),)
-        _check_part("zero_point", tensor.packed_zero_point, zeros, (torch.uint8,))
+        check_part("zero_point", tensor.packed_zero_point, zeros, (torch.uint8,))
     elif tensor.packed_zero_point is not None:
         raise ValueError(f"{kind} has no zero points")
 
 
-def _check_part(name, part, shape, dtypes):
+def check_part(name: str, part, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raises ValueError unless a part of a quantized weight is a tensor of this shape and dtype."""
     if not isinstance(part, torch.Tensor):
         raise ValueError(f"{name} is missing")
     if part.dtype not in dtypes or part.shape != shape:

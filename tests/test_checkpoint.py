@@ -204,6 +204,24 @@ def test_what_stands_beside_the_weights(tmp_path, tokenizer):
     assert not (tmp_path / "v2" / "quantize_config.json").exists()  # AutoGPTQ would misread it
 
 
+@pytest.mark.parametrize("checkpoint_format", FORMATS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_weights_say_whether_the_head_is_tied(tied, checkpoint_format, tmp_path):
+    model = quantized()
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    head.weight = embeddings.weight if tied else torch.nn.Parameter(embeddings.weight + 1)
+    model.config.tie_word_embeddings = not tied  # what nobody should believe
+    expected = run(model)
+    save_gptq(model, tmp_path / "out", checkpoint_format=checkpoint_format)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is tied
+    again = load_gptq(tmp_path / "out")
+    compare(run(again), expected)
+    head = again.get_output_embeddings().weight
+    assert torch.equal(head, model.get_output_embeddings().weight)
+    assert (head is again.get_input_embeddings().weight) is tied
+
+
 def test_a_tied_head_is_stored_for_autogptq_alone(tmp_path):
     model = quantized(tiny_gpt2)
     for checkpoint_format, stored in (("gptq", True), ("gptq_v2", False)):
@@ -276,7 +294,7 @@ def partly():
         (
             partial(quantized, partial(tiny_llama, intermediate_size=80), group_size=16),
             ValueError,
-            r"gate_proj has shape \(80, 64\); the format's words want multiples of 32",
+            r"gate_proj has shape \(80, 64\); both sides must be multiples of 32",
         ),
         (lambda: nn.Sequential(nn.Linear(32, 32)), TypeError, "transformers, not a Sequential"),
     ],
@@ -330,7 +348,7 @@ def test_only_its_own_checkpoints_are_replaced(tmp_path):
     full.mkdir()
     for name, text in (("thesis.txt", "text"), ("config.json", "{}"), ("config.json", "[1]")):
         (full / name).write_text(text)
-        with pytest.raises(FileExistsError, match="no checkpoint that save_gptq wrote"):
+        with pytest.raises(FileExistsError, match="not a checkpoint that save_gptq wrote"):
             save_gptq(model, full)
         assert (full / name).read_text() == text
     with pytest.raises(FileExistsError):
@@ -404,7 +422,7 @@ DAMAGE = {
     "no qzeros": (missing(f"{UP}.qzeros"), "up_proj.qzeros is missing"),
     "no scales": (missing(f"{UP}.scales"), "up_proj.scales is missing"),
     "no g_idx": (
-        lambda folder: (own(desc_act=True)(folder), missing(f"{UP}.g_idx")(folder)),
+        lambda *args: (own(desc_act=True)(*args), missing(f"{UP}.g_idx")(*args)),
         "up_proj.g_idx is missing, and desc_act says",
     ),
     "no norm": (missing("model.norm.weight"), "model.norm.weight is missing"),

@@ -58,6 +58,16 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def has_tied_head(model: nn.Module) -> bool:
+    """Whether head and embeddings are one tensor in memory, whatever the config says."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None:
+        return False
+    return head.weight is embeddings.weight or (
+        head.weight.data_ptr() == embeddings.weight.data_ptr() != 0
+    )
+
+
 def _is_linear(module: nn.Module) -> bool:
     if type(module) is nn.Linear or not isinstance(module, nn.Linear):
         return type(module) is nn.Linear
