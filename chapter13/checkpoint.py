@@ -172,7 +172,7 @@ def load_gptq(directory: Path | str, model: nn.Module | None = None) -> nn.Modul
     not fit; for pickled weights (`.bin`, `.pt`), which may hold a program; for settings that these
     layers cannot express (a `g_idx` out of order, other bits or groups for some of the layers); and
     for a zero point of 0 in format "gptq", which its readers do not agree about, unless GPTQModel
-    wrote it, whose way of reading it is known.
+    wrote it: its encoding of 0 can be recognised.
     """
     directory = Path(directory)
     settings = _read_settings(directory)

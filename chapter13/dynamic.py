@@ -143,7 +143,7 @@ def quantize_dynamic(
 ) -> nn.Module:
     """Puts an Int8Linear in the place of every linear layer but the head; returns the model.
 
-    Needs no calibration. When anything fails the model is as it was.
+    Needs no calibration. When anything fails the model is unchanged.
     """
     return replace_layers(
         model,

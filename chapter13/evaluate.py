@@ -71,7 +71,7 @@ def difference(first: Score, second: Score) -> Score:
     methods differ where the interval leaves out 0. Raises ValueError for scores of unlike length.
     """
     if len(first.losses) != len(second.losses):
-        raise ValueError(f"{len(first.losses)} and {len(second.losses)} sequences are no pairs")
+        raise ValueError(f"{len(first.losses)} and {len(second.losses)} sequences cannot be paired")
     return Score(first.losses - second.losses)
 
 

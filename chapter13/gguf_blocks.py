@@ -40,9 +40,9 @@ class BlockTensor:
     """A weight in a format of llama.cpp: made by `quantize`, or a tensor of a file that was read.
 
     It has `codes()`, `scale`, `dequantize()`, `nbytes` and `bits_per_weight` like a
-    `QuantizedTensor`. It is none, because it keeps what is in the file: one run of bytes in which
-    scales and codes take turns. So `QuantizedLinear` does not take it; a whole model in these
-    formats is tried out by putting dequantized weights in place.
+    `QuantizedTensor`. It is not one, because it keeps the file's own bytes: one run in which scales
+    and codes take turns. So `QuantizedLinear` does not take it; a whole model in these formats is
+    tried out by putting dequantized weights in place.
     """
 
     kind: str
@@ -114,7 +114,7 @@ def quantize(weight: torch.Tensor, kind: str) -> BlockTensor:
 
     Any shape whose last dimension is a multiple of 32. The bytes equal those of
     `gguf.quants.quantize` (0.19). Codes come from the scale before it is rounded to float16.
-    A block so small that its float16 scale is zero dequantizes to zeros, as it does there.
+    A block so small that its float16 scale is zero dequantizes to zeros, as in that library.
 
     Raises TypeError for what is no floating-point tensor; ValueError for another kind, if the
     weight is empty, holds NaN or Inf or has rows that blocks do not divide, and for a scale or
@@ -166,7 +166,8 @@ def read(path: Path | str) -> GGUF:
     """Opens a GGUF file: reads its header, maps the rest.
 
     Shapes are as in torch, (out_features, in_features). The mapping is private: writing to a tensor
-    does not reach the file. Whoever shortens the file while it is mapped ends this program.
+    does not reach the file. If the file is truncated
+    while it is mapped, the process crashes.
 
     Raises OSError for a file that cannot be opened, ValueError for one that is not sound: cut
     off, or with counts, lengths, types or places that cannot be; it names the byte. Also ValueError
@@ -246,8 +247,9 @@ def _encode_q4_1(values):
 def _encode_mxfp4(values):
     """The scale is a power of two: the largest magnitude comes to lie between 4 and 8, doubled."""
     absmax = values.abs().amax(1, keepdim=True)
-    # log2 rounded to float32, as there: just below a power of two it may give the power itself.
-    # Below 2**-125 the exponent wraps around, as there: such a block decodes to zeros.
+    # log2 rounded to float32, as the gguf library does: just below a power of two it may give
+    # the power itself.
+    # Below 2**-125 the exponent wraps around, there too: such a block decodes to zeros.
     exponent = absmax.double().log2().float().floor().clamp(min=-200).int() + 125
     exponent = torch.where(absmax > 0, exponent & 255, 0)
     scale = E8M0_HALF.to(values.device)[exponent]
@@ -263,10 +265,10 @@ def _encode_mxfp4(values):
 
 
 def _divided(values, scale, shift=0.0):
-    """values / scale + shift by way of the reciprocal, as there; shift alone for a scale of 0.
+    """values / scale + shift by way of the reciprocal, as in gguf; only shift for a scale of 0.
 
-    A scale below 3e-39 has no finite reciprocal; its block gets zeros. (There, infinities are cast
-    to integers, which the C standard leaves open and which gives zeros on x86.)
+    A scale below 3e-39 has no finite reciprocal; its block gets zeros. (In gguf, infinities are
+    cast to integers, which the C standard leaves open and which gives zeros on x86.)
     """
     reciprocal = torch.where(scale == 0, 0.0, 1 / scale)
     return torch.where(reciprocal.isinf(), 0.0, values * reciprocal + shift)

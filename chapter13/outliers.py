@@ -96,7 +96,7 @@ class MixedLinear(nn.Module):
 def quantize_llm_int8(model: nn.Module, threshold: float = 6.0, progress: bool = True) -> nn.Module:
     """Puts a MixedLinear in the place of every linear layer but the head; returns the model.
 
-    When anything fails the model is as it was. Raises ValueError for weights beyond float16.
+    When anything fails the model is unchanged. Raises ValueError for weights beyond float16.
     """
     return replace_layers(
         model,

@@ -42,7 +42,7 @@ def record(key: str, measured: dict, packages: tuple[str, ...] = (), path: Path 
 
 
 def forget(key: str, path: Path = FILE) -> None:
-    """Takes a record out. Raises KeyError where there is none."""
+    """Removes a record. Raises KeyError if there is none."""
     records = load(path)
     del records[key]
     _write(records, path)

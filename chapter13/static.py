@@ -115,7 +115,7 @@ def calibrate(
     """Statistics of the inputs of every linear layer but the head, by the layer's name.
 
     `tokens`: int64 (sequences, length), of calibration text. One pass serves all observers,
-    SmoothQuant and pictures. The model is not changed. Raises ValueError where there is no linear
+    SmoothQuant and pictures. The model is not changed. Raises ValueError if there is no linear
     layer, tokens have another shape, or an input is not finite.
     """
     if tokens.dim() != 2 or not tokens.numel():

@@ -89,7 +89,8 @@ def _row(name: str, record: dict) -> Row:
 def front(rows: dict[str, Row]) -> list[Row]:
     """The rows that no other beats: each smaller one loses more (Pareto), the smallest first.
 
-    What is no smaller and loses no less than another is left out. Rows come as `rows` gives them.
+    Rows that another row matches or beats in both size and loss are dropped. Rows come as `rows`
+    gives them.
     """
     kept: list[Row] = []
     for row in sorted(rows.values(), key=lambda row: (row.bits_per_weight, row.kl.value)):

@@ -73,7 +73,7 @@ def test_a_wrong_name_lists_the_notebooks(name):
 def test_a_page_may_not_run_code():
     message = {"type": "execute_request", "id": "1", "content": {"code": "1"}, "metadata": {}}
     with pytest.raises(ValueError, match="may not send execute_request"):
-        present.Talk(client=None).send(message)
+        present.Presentation(client=None).send(message)
 
 
 def fake_npm(folder, monkeypatch, script):

@@ -31,7 +31,7 @@ def test_every_row_is_measured_and_no_other():
 def test_rows_are_sound():
     names = [row.name for row in ROWS]
     assert len(set(names)) == len(names)
-    assert {row.made for row in ROWS} == set(MAKERS)
+    assert {row.maker for row in ROWS} == set(MAKERS)
     assert set(table.IN_README) <= set(names)
 
 

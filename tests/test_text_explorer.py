@@ -5,7 +5,7 @@ import torch
 from test_explorers import Letters, toy_model
 
 from chapter13 import quantize_model
-from chapter13.explorers.text import PROMPTS, TOKENS, Damage, explore_text, greedy
+from chapter13.explorers.text import PROMPTS, TOKENS, RoundedModel, explore_text, greedy
 from chapter13.plots.text import LINES, WIDTH, printable, wrapped
 
 PROMPT = PROMPTS[0]
@@ -75,7 +75,7 @@ def test_nf4_has_four_bits():
 def test_the_original_weights_stay():
     model, _ = toy_model()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    damage = Damage(model)
+    damage = RoundedModel(model)
     damage.apply("absmax", 2, 64)
     for name, weight in damage.original.items():
         assert torch.equal(weight, before[f"{name}.weight"])

@@ -338,7 +338,7 @@ def models_section(record):
         "torch has no fast look-up in a table of 16 values. A fused kernel "
         "(`chapter13/whole_model/fused.py`, "
         "`fuse(model)`) multiplies the codes: torch's own for int4, and for NF4 that of "
-        "bitsandbytes, which needs AVX512-BF16 and which we borrow, not beat; both compute in "
+        "bitsandbytes, which needs AVX512-BF16 and which we call, not outperform; both compute in "
         'bfloat16. "Plain" is what bitsandbytes does on other processors; there `fuse` borrows its '
         "dequantization alone. Formats that are the same stand together, ours first.\n\n"
         f"{table}\n"

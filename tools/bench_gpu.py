@@ -75,7 +75,7 @@ def measure_row(row, source, tokenizer, tokens, logits):
     forget_peak(device)
     wait(device)
     start = time.perf_counter()
-    made = MAKERS[row.made](model, tokenizer, **row.options)
+    made = MAKERS[row.maker](model, tokenizer, **row.options)
     wait(device)
     seconds, peak = time.perf_counter() - start, peak_mb(device)
     parts = memory_breakdown(made.model)

@@ -196,7 +196,7 @@ def broken(model, out, method):
 
 
 def bench_absmax(work):
-    """Unbroken, then broken twice: the same bytes."""
+    """An uninterrupted and a twice-interrupted run give identical bytes."""
     model = checkpoint(work, "1b")
     whole = Run(model, work / "absmax", "absmax")
     assert whole.code == 0

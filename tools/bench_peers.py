@@ -33,7 +33,7 @@ from tools import bench_models, peers
 CALIBRATION = (16, 256)  # sequences, length
 EVALUATION = (12, 512)
 BITS, GROUP_SIZE = 4, 64
-ORDERS = 6  # of the calibration sequences: what ties alone, falling otherwise, do to our KL
+ORDERS = 6  # of the calibration sequences: how much KL varies when only rounding ties change
 SAME_OPTIONS = ("--act-order", "--static-groups")  # asymmetric, damping .01
 
 OURS = {

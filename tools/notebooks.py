@@ -126,7 +126,7 @@ def stored_outputs(outputs):
 
 
 def rerun(paths):
-    """Execute and store each notebook; one that fails stays as it was. 1 when any is not fit."""
+    """Execute and store each notebook; one that fails is left unchanged. 1 if any fails."""
     failed = 0
     for path in paths:
         try:

@@ -186,7 +186,7 @@ def as_json(message):
 
 
 @dataclass
-class Talk:
+class Presentation:
     """A kernel and the pages that are open on it."""
 
     client: object
@@ -278,7 +278,7 @@ async def present(path):
             stop_on_signals(asyncio.current_task())
             await execute(client)
             deck = make_deck(notebook, path, Path(folder))
-            talk = Talk(client)
+            talk = Presentation(client)
             server, address = serve(talk, deck)
             print(f"{path.name}: {address}\nCtrl-C ends it.", flush=True)
             webbrowser.open(address)

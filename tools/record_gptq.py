@@ -40,7 +40,7 @@ def calibration(tokenizer, source: str, sequences: int) -> torch.Tensor:
     return corpus.encyclopedia_tokens(tokenizer, sequences, length, "calibration")
 
 
-class Yardstick:
+class Reference:
     """The evaluation tokens, and the full-precision model's predictions for them."""
 
     def __init__(self, folder: str):
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("only", nargs="*", help="names of methods, or counts of sequences")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        yardstick = Yardstick(folder)
+        yardstick = Reference(folder)
         setting = {
             "evaluation": EVALUATION,
             "calibration": CALIBRATION,

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from chapter13 import corpus, evaluate, models, results
 from chapter13.fetch import download
 from tools import bench_models, peers, readme
-from tools.table_rows import MAKERS, MODEL, ROWS, Made, calibration_tokens
+from tools.table_rows import MAKERS, MODEL, ROWS, QuantizedModel, calibration_tokens
 
 EVALUATION = (33, 512)  # sequences, length: 16863 tokens are scored
 TOKENS = 16  # timed
@@ -63,11 +63,11 @@ def reference(tokenizer):
 
 
 def make(row):
-    """The row's model: a `Made` without gaps but for its sizes."""
+    """The row's model: a `QuantizedModel` without gaps but for its sizes."""
     model, tokenizer = models.load(MODEL, device="cpu")
     bench_models.reset_peak()
     start = time.perf_counter()
-    made: Made = MAKERS[row.made](model, tokenizer, **row.options)
+    made: QuantizedModel = MAKERS[row.maker](model, tokenizer, **row.options)
     if made.seconds is None:
         made.seconds = time.perf_counter() - start
         made.peak_mb = bench_models.peak() / 1e6
@@ -168,9 +168,9 @@ def fingerprint(row, part, files):
         return ""
     packages = ("torch", "numpy", "transformers", *row.packages)
     told = [
-        row.made,
+        row.maker,
         row.options,
-        inspect.getsource(MAKERS[row.made]),
+        inspect.getsource(MAKERS[row.maker]),
         sources,
         [results.version_of(name) for name in packages],
         inputs(),
@@ -238,7 +238,7 @@ def measure_all(rows, parts, again):
 
 def run(part, one_thread, row):
     """One part of a row in a process of its own: what was measured, or why not, in words."""
-    if row.made == "peer":
+    if row.maker == "peer":
         try:
             peers.python(row.options["library"])
         except peers.NoPeer as error:

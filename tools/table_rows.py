@@ -24,17 +24,17 @@ MODEL = models.EMBEDDED
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table. `made` is one of MAKERS, with its options."""
+    """A row of the table. `maker` is a key of MAKERS, with its options."""
 
     name: str
     family: str  # one colour in pictures: rows that differ in bits or groups alone
-    made: str
+    maker: str
     options: dict = field(default_factory=dict)
     packages: tuple[str, ...] = ()  # whose versions matter, beside torch and transformers
 
 
 @dataclass
-class Made:
+class QuantizedModel:
     """A quantized model, and what is known of how it came about."""
 
     model: nn.Module
@@ -51,31 +51,31 @@ def calibration_tokens(tokenizer):
 
 
 def float_model(model, tokenizer, dtype):
-    return Made(model.to(getattr(torch, dtype)))
+    return QuantizedModel(model.to(getattr(torch, dtype)))
 
 
 def ours(model, tokenizer, calibrated=False, **options):
     if calibrated:
         options["calibration"] = calibration_tokens(tokenizer)
-    return Made(quantize_model(model, progress=False, **options))
+    return QuantizedModel(quantize_model(model, progress=False, **options))
 
 
 def ours_dynamic(model, tokenizer, granularity):
-    return Made(quantize_dynamic(model, granularity, False))
+    return QuantizedModel(quantize_dynamic(model, granularity, False))
 
 
 def ours_static(model, tokenizer, observer):
     statistics = calibrate(model, calibration_tokens(tokenizer), progress=False)
-    return Made(quantize_static(model, statistics, observer, progress=False))
+    return QuantizedModel(quantize_static(model, statistics, observer, progress=False))
 
 
 def ours_smooth(model, tokenizer):
     statistics = calibrate(model, calibration_tokens(tokenizer), progress=False)
-    return Made(quantize_dynamic(smooth(model, statistics), "per_token", False))
+    return QuantizedModel(quantize_dynamic(smooth(model, statistics), "per_token", False))
 
 
 def ours_llm_int8(model, tokenizer):
-    return Made(quantize_llm_int8(model, progress=False))
+    return QuantizedModel(quantize_llm_int8(model, progress=False))
 
 
 def ours_gguf(model, tokenizer, kind):
@@ -87,7 +87,7 @@ def ours_gguf(model, tokenizer, kind):
         held, weights = held + block.nbytes, weights + layer.weight.numel()
     rest = bench_models.memory_breakdown(model)
     size = held + rest["embeddings"] + rest["rest"]
-    return Made(model, 8 * held / weights, size / 1e6, runs=False)
+    return QuantizedModel(model, 8 * held / weights, size / 1e6, runs=False)
 
 
 def gguf_as_it_came(model, tokenizer):
@@ -95,19 +95,21 @@ def gguf_as_it_came(model, tokenizer):
     path = models.gguf_path()
     linear = [t for name, t in gguf_blocks.read(path).tensors.items() if t.kind == "Q4_1"]
     held, weights = sum(t.nbytes for t in linear), sum(t.shape.numel() for t in linear)
-    return Made(llamacpp.load(path), 8 * held / weights, path.stat().st_size / 1e6, runs=False)
+    return QuantizedModel(
+        llamacpp.load(path), 8 * held / weights, path.stat().st_size / 1e6, runs=False
+    )
 
 
 def bitsandbytes(model, tokenizer, **options):
-    return Made(bench_models.bitsandbytes(**options)(model))
+    return QuantizedModel(bench_models.bitsandbytes(**options)(model))
 
 
 def torch_ao(model, tokenizer):
-    return Made(bench_models.torch_dynamic(model))
+    return QuantizedModel(bench_models.torch_dynamic(model))
 
 
 def torchao(model, tokenizer, config):
-    return Made(bench_models.torchao(config)(model))
+    return QuantizedModel(bench_models.torchao(config)(model))
 
 
 def peer(model, tokenizer, library, options):
@@ -125,7 +127,7 @@ def peer(model, tokenizer, library, options):
         answer = peers.run(library, "quantize", source, tokens, output, *sizes, *options)
         made = load_gptq(output)
     result = answer["result"]
-    return Made(
+    return QuantizedModel(
         made,
         runs=False,
         seconds=result["seconds"],

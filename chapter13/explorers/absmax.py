@@ -1,7 +1,7 @@
 """The explorer of notebook 01: one grid for a whole tensor, and what one outlier does to it.
 
 A slider must not wait for millions of weights. Quantization with one scale keeps the order of the
-weights, and the scale hangs on the largest one alone. So the weights are sorted once, and at each
+weights, and the scale is set by the largest one alone. So the weights are sorted once, and at each
 move the package's own quantizer is asked, for a few weights at a time, where in that order one
 level ends and the next begins; counts and errors follow from there.
 """

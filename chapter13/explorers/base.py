@@ -193,7 +193,7 @@ class Explorer(widgets.VBox):
     def table(self, settings):
         """The readouts as a Table, a column for each dict of settings; other controls stay.
 
-        Its head are the controls that any of the dicts moves.
+        The header rows are the controls that at least one dict changes.
         """
         cases = [{**self.settings, **changed} for changed in settings]
         moved = [name for name in self.controls if any(name in changed for changed in settings)]

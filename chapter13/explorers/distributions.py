@@ -211,7 +211,8 @@ def view(
     Methods in LEARNED need to know what the layer has `seen`.
 
     What it is compared with (σ, gray histograms, the Q-Q plot's horizontal axis, the SQNR's signal)
-    is the weight as it was given: one outlier shall not hide the errors of all others.
+    is the given weight, without the outlier: otherwise a single outlier would hide all other
+    errors.
     Raises ValueError where method, bits and group size do not agree.
     """
     weight = layer.weight

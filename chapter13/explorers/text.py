@@ -68,7 +68,7 @@ def greedy(model: nn.Module, ids: list[int], count: int) -> tuple[list[int], flo
         state = model(step, past_key_values=state.past_key_values, use_cache=True)
 
 
-class Damage:
+class RoundedModel:
     """A model whose linear weights are replaced by their quantized ones, at any setting.
 
     The dequantized weights are kept in the model, so that text comes at the speed of full
@@ -121,7 +121,7 @@ def explore_text(model: nn.Module, tokenizer, prompts=PROMPTS, group_sizes=("cha
         prompt: tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts
     }
     reference = {prompt: greedy(model, encoded[prompt], TOKENS)[0] for prompt in prompts}
-    damage = Damage(model)
+    damage = RoundedModel(model)
     written = {}
 
     def compute(prompt, method, bits, group_size):

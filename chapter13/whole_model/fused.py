@@ -1,11 +1,11 @@
-"""Kernels that multiply with 4-bit codes as they lie in memory: torch's, and bitsandbytes'.
+"""Kernels that multiply with packed 4-bit codes: torch's, and bitsandbytes'.
 
 QuantizedLinear dequantizes before it multiplies. A fused kernel does both at once, in the
-processor's registers, so that it reads 4 bits a weight and nothing else. It pays for that: it wants
-the codes in an order of its own, and computes in bfloat16.
+processor's registers, so that it reads 4 bits a weight and nothing else. The price: the codes have
+to be in an order of its own, and it computes in bfloat16.
 
 - "absmax" and "affine" with 4 bits: torch has a kernel for its CPUs
-- "nf4" and "fp4": torch has none. bitsandbytes has one for processors with AVX512-BF16; where that
+- "nf4" and "fp4": torch has none. bitsandbytes has one for processors with AVX512-BF16; if that
   is installed, it is borrowed. For other processors bitsandbytes has a compiled dequantization,
   which is borrowed instead, a few rows at a time; that one computes in the input's data type
 """
