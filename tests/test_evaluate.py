@@ -144,7 +144,7 @@ def test_paired_differences_are_narrower():
     low, high = difference(one, two).interval
     assert 0 < low < high < 0.12
     assert one.interval[0] < two.interval[1]  # unpaired, one could not tell
-    with pytest.raises(ValueError, match="40 and 39 sequences are no pairs"):
+    with pytest.raises(ValueError, match="40 and 39 sequences cannot be paired"):
         difference(one, Score(hard[1:]))
 
 
