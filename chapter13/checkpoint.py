@@ -75,6 +75,7 @@ def save_gptq(
     directory = Path(directory)
     _check_place(directory)
     layers = quantized_layers(model)
+    check_names(model)
     settings = _settings(model, layers) | {"checkpoint_format": checkpoint_format}
 
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -94,6 +95,21 @@ def save_gptq(
         if directory.exists():
             directory.rename(Path(temporary) / "former")
         folder.rename(directory)
+
+
+def check_names(model: nn.Module) -> None:
+    """Raises ValueError if transformers renames or regroups weights between a file and the model.
+
+    Other programs look for the names of the model's own files; under ours they would find nothing.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    names = {name: torch.empty(t.shape, device="meta") for name, t in model.state_dict().items()}
+    if odd := sorted(set(revert_weight_conversion(model, dict(names))) ^ set(names)):
+        raise ValueError(
+            f"{type(model).__name__}: files of this model and transformers name the same weights "
+            f"differently, first {odd[0]}: a GPTQ checkpoint of it cannot be written"
+        )
 
 
 def _stored_tensors(

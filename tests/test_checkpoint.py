@@ -222,6 +222,21 @@ def test_the_weights_say_whether_the_head_is_tied(tied, checkpoint_format, tmp_p
     assert (head is again.get_input_embeddings().weight) is tied
 
 
+def test_a_model_whose_files_name_weights_differently_is_refused(tmp_path):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 1, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**sizes, **heads, moe_intermediate_size=32, num_experts=4)
+    )
+    with pytest.raises(
+        ValueError, match=r"Qwen3MoeForCausalLM: .* first model\.layers\.0\.mlp\.exp"
+    ):
+        save_gptq(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_tied_head_is_stored_for_autogptq_alone(tmp_path):
     model = quantized(tiny_gpt2)
     for checkpoint_format, stored in (("gptq", True), ("gptq_v2", False)):

@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from chapter13.linear import QuantizedLinear
+from chapter13.whole_model.linear import QuantizedLinear
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
