@@ -230,9 +230,7 @@ def test_a_model_whose_files_name_weights_differently_is_refused(tmp_path):
     model = Qwen3MoeForCausalLM(
         Qwen3MoeConfig(**sizes, **heads, moe_intermediate_size=32, num_experts=4)
     )
-    with pytest.raises(
-        ValueError, match=r"Qwen3MoeForCausalLM: .* first model\.layers\.0\.mlp\.exp"
-    ):
+    with pytest.raises(ValueError, match=r"Qwen3MoeForCausalLM: .* first model\.layers\.0\.mlp"):
         save_gptq(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -13,7 +13,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from chapter13.whole_model.linear import QuantizedLinear
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -23,6 +22,7 @@ from chapter13 import corpus, gguf_file, models, results
 from chapter13.gguf_blocks import plain, quantize, read
 from chapter13.gguf_model import FILE_TYPES, gguf_name, interleave, rope_factors, write_model
 from chapter13.quantize import quantize_absmax
+from chapter13.whole_model.linear import QuantizedLinear
 from tools import llamacpp, readme
 
 REFERENCE = json.loads((Path(__file__).parent / "llamacpp.json").read_text(encoding="utf-8"))
