@@ -12,7 +12,7 @@ from chapter13.explorers import distributions
 from chapter13.explorers.distributions import (
     EDGES,
     GROUP_SIZES,
-    LEARNED,
+    LEARNED_METHODS,
     METHODS,
     PROBABILITIES,
     CalibrationText,
@@ -253,7 +253,7 @@ def seen():
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-@pytest.mark.parametrize("method", LEARNED)
+@pytest.mark.parametrize("method", LEARNED_METHODS)
 def test_learned_numbers_are_the_packages_own(name, method, seen):
     given = WEIGHTS[name]
     layer, given = prepare(given), given.float()
@@ -278,7 +278,7 @@ def test_learned_numbers_are_the_packages_own(name, method, seen):
 
 def test_learned_methods_say_what_they_need():
     panel = explore_distributions(normal(4, 128))
-    for method in LEARNED:
+    for method in LEARNED_METHODS:
         assert "a scale per row at least" in panel.set(method=method, group_size="tensor")
         assert "learns from a layer's inputs" in panel.set(group_size=64)
     panel.close()

@@ -58,7 +58,7 @@ def _code_book(kind):
     return quantize_weight
 
 
-# name -> function of (weight, bits, group size): with LEARNED the one place that knows the methods
+# name -> function of (weight, bits, group size): with LEARNED_METHODS the only list of methods
 METHODS: dict[str, Callable[[torch.Tensor, int, int | str], QuantizedTensor]] = {
     "absmax": _integer("absmax"),
     "affine": _integer("affine"),
@@ -92,7 +92,7 @@ def _awq(weight, seen, bits, group_size):
 
 
 # name -> function of (weight, LayerInputs, bits, group size): (quantized, the approximate weight)
-LEARNED = {"gptq": _gptq, "awq": _awq}
+LEARNED_METHODS = {"gptq": _gptq, "awq": _awq}
 LABELS = LABELS | {"gptq": "GPTQ", "awq": "AWQ (scales alone)"}
 
 
@@ -208,7 +208,7 @@ def view(
 ) -> View:
     """The layer, its largest weight made `outlier` times larger, quantized as the rest says.
 
-    Methods in LEARNED need to know what the layer has `seen`.
+    Methods in LEARNED_METHODS need to know what the layer has `seen`.
 
     What it is compared with (σ, gray histograms, the Q-Q plot's horizontal axis, the SQNR's signal)
     is the given weight, without the outlier: otherwise a single outlier would hide all other
@@ -219,7 +219,7 @@ def view(
     if outlier != 1:
         weight = weight.clone()
         weight.view(-1)[layer.largest] *= outlier
-    if method in LEARNED:
+    if method in LEARNED_METHODS:
         quantized, approximation = learn(weight, method, bits, group_size, seen)
     else:
         quantized = METHODS[method](weight, bits, group_size)
@@ -250,7 +250,7 @@ def view(
     if len(weight) < layer.out_features:
         rows.insert(0, ("rows shown", f"{len(weight)} of {layer.out_features}"))
     losses = None
-    if method in LEARNED:
+    if method in LEARNED_METHODS:
         losses = output_losses(weight, approximation, bits, group_size, seen)
         told = f"{losses[0]:.2g}, affine rounding {losses[1]:.2g}"
         rows.append(("error of the outputs", told))
@@ -279,7 +279,7 @@ def view(
 
 
 def learn(weight, method, bits, group_size, seen) -> tuple[QuantizedTensor, torch.Tensor]:
-    """(quantized, the approximate weight) by a method in LEARNED; ValueError where it cannot."""
+    """(quantized, the approximate weight) by a learned method; ValueError where it cannot."""
     if group_size == "tensor":
         raise ValueError(
             f"{LABELS[method]} takes a scale per row at least: choose channel or a group size"
@@ -289,7 +289,7 @@ def learn(weight, method, bits, group_size, seen) -> tuple[QuantizedTensor, torc
             f"{LABELS[method]} learns from a layer's inputs, which are known of the embedded "
             "model's layers alone: choose another method"
         )
-    return LEARNED[method](weight, seen, bits, group_size)
+    return LEARNED_METHODS[method](weight, seen, bits, group_size)
 
 
 def output_losses(weight, approximation, bits, group_size, seen) -> tuple[float, float]:
@@ -327,7 +327,8 @@ def explore_distributions(weight: torch.Tensor | None = None) -> Explorer:
     """
     controls = {
         "method": widgets.Dropdown(
-            options=[(LABELS[name], name) for name in (*METHODS, *LEARNED)], description="method"
+            options=[(LABELS[name], name) for name in (*METHODS, *LEARNED_METHODS)],
+            description="method",
         ),
         "bits": widgets.IntSlider(4, 2, 8, description="bits"),
         "group_size": widgets.SelectionSlider(
@@ -351,7 +352,7 @@ def explore_distributions(weight: torch.Tensor | None = None) -> Explorer:
     seen = lru_cache(maxsize=4)(lambda block, layer: text().seen(block, layer))
 
     def compute(block, layer, **settings):
-        learns = settings["method"] in LEARNED and settings["group_size"] != "tensor"
+        learns = settings["method"] in LEARNED_METHODS and settings["group_size"] != "tensor"
         known = seen(block, layer) if learns else None
         return view(prepared(names[str(block), layer]), seen=known, **settings)
 

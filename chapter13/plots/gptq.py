@@ -8,7 +8,7 @@ from matplotlib.patches import Rectangle
 from chapter13.plots.live import LiveFigure
 from chapter13.plots.picture import COLORS, Picture, new_figure, style
 
-NEAREST, LEARNED = COLORS["original"], COLORS["int8"]  # round-to-nearest, and what learns
+NEAREST, LEARNED_COLOR = COLORS["original"], COLORS["int8"]  # round-to-nearest, and what learns
 PATCHES = 32  # rows and columns of a Hessian's picture, at most
 HESSIAN_MAP = colormaps["cividis"].resampled(12)  # few steps keep the stored pictures small
 
@@ -39,10 +39,12 @@ def valley(weight, hessian, points, path):
         )
         for start, end in zip([weight, *path[:-1]], path, strict=True):
             ax.annotate(
-                "", end, start, arrowprops={"arrowstyle": "-|>", "lw": 2.5, "color": LEARNED}
+                "", end, start, arrowprops={"arrowstyle": "-|>", "lw": 2.5, "color": LEARNED_COLOR}
             )
         losses = {}
-        for color, (label, point) in zip((COLORS["error"], LEARNED), points.items(), strict=True):
+        for color, (label, point) in zip(
+            (COLORS["error"], LEARNED_COLOR), points.items(), strict=True
+        ):
             offset = np.asarray(point) - weight
             losses[label] = offset @ hessian @ offset
             ax.plot(*point, "o", color=color, ms=13, zorder=4)
@@ -103,7 +105,7 @@ def damping(damps, losses):
     with style():
         figure, ax = new_figure(10, 3.2)
         for color, marker, (label, values) in zip(
-            (LEARNED, COLORS["highlight"]), "os", losses.items(), strict=True
+            (LEARNED_COLOR, COLORS["highlight"]), "os", losses.items(), strict=True
         ):
             ax.plot(damps, values, marker=marker, ms=9, color=color, label=label)
         ax.set(xscale="log", yscale="log", xlabel="damping, share of the mean diagonal")
@@ -126,7 +128,9 @@ def loss_ratios(ratios):
     with style():
         figure, ax = new_figure(10, 1.4 + 0.42 * len(ratios))
         labels = list(next(iter(ratios.values())))
-        for color, marker, label in zip((COLORS["highlight"], LEARNED), "so", labels, strict=True):
+        for color, marker, label in zip(
+            (COLORS["highlight"], LEARNED_COLOR), "so", labels, strict=True
+        ):
             ax.plot(
                 [each[label] for each in ratios.values()], range(len(ratios)), linestyle="",
                 marker=marker, ms=11, color=color, label=label,
@@ -152,7 +156,7 @@ def method_bars(rows, label="KL to full precision, nats per token"):
     with style():
         figure, ax = new_figure(10, 1.3 + 0.55 * len(rows))
         values, lows, highs = np.array(list(rows.values()), float).T
-        colors = [LEARNED if "GPTQ" in name or "AWQ" in name else NEAREST for name in rows]
+        colors = [LEARNED_COLOR if "GPTQ" in name or "AWQ" in name else NEAREST for name in rows]
         ax.barh(list(rows), values, color=colors, height=0.6)
         ax.errorbar(
             values, range(len(rows)), xerr=[values - lows, highs - values], fmt="none",
@@ -177,7 +181,7 @@ def amounts(curves, lines):
     with style():
         figure, ax = new_figure(10, 4)
         for color, marker, (label, points) in zip(
-            (LEARNED, COLORS["highlight"]), "os", curves.items(), strict=True
+            (LEARNED_COLOR, COLORS["highlight"]), "os", curves.items(), strict=True
         ):
             ax.plot(list(points), list(points.values()), marker=marker, ms=9, color=color,
                     label=label)  # fmt: skip
@@ -232,7 +236,7 @@ class ColumnsFigure(LiveFigure):
             self._curves = []
             for color, marker, label in (
                 (NEAREST, "s", "round to nearest"),
-                (LEARNED, "o", "GPTQ"),
+                (LEARNED_COLOR, "o", "GPTQ"),
             ):
                 (line,) = loss.plot(x, x * np.nan, marker=marker, ms=8, color=color, label=label)
                 self._curves.append(line)
@@ -252,7 +256,7 @@ class ColumnsFigure(LiveFigure):
                 cell.set(facecolor=COLORS["error" if rounded else "int4"])
                 cell.set_alpha(0.1 + 0.7 * min(abs(value) / top, 1))
             else:
-                cell.set(facecolor=LEARNED if rounded else COLORS["grid"])
+                cell.set(facecolor=LEARNED_COLOR if rounded else COLORS["grid"])
                 cell.set_alpha(0.35 if rounded else 0.5)
             text = f"{value:+.2f}" if moves else f"{value:.2f}"
             number.set_text("" if moves and abs(value) < 0.005 else text.replace("-", "−"))
@@ -271,7 +275,7 @@ class LayerFigure(LiveFigure):
             texts = ["calibration", "held-out"]
             rows = np.arange(2)
             self._nearest = loss.barh(rows - 0.2, [1, 1], color=NEAREST, height=0.36)
-            self._method = loss.barh(rows + 0.2, [1, 1], color=LEARNED, height=0.36)
+            self._method = loss.barh(rows + 0.2, [1, 1], color=LEARNED_COLOR, height=0.36)
             self._numbers = [loss.text(1, 0, "", va="center", fontsize=12) for _ in range(4)]
             loss.set(xscale="log", xlim=(1e-7, 30), ylim=(1.6, -0.6), xlabel="layer loss")
             loss.set_yticks(rows, texts)
@@ -288,7 +292,7 @@ class LayerFigure(LiveFigure):
                 channels.plot([], [], color=color, lw=width, label=label)[0]
                 for color, width, label in (
                     (NEAREST, 4, "round to nearest"),
-                    (LEARNED, 2.5, "these settings"),
+                    (LEARNED_COLOR, 2.5, "these settings"),
                 )
             ]
             channels.legend(loc="lower right")
