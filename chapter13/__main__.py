@@ -71,7 +71,7 @@ def quantize_command(args: argparse.Namespace) -> None:
     out, integer = args.out, args.method not in CODE_BOOKS
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not empty: name another folder")
-    text = args.calibration_file and args.calibration_file.read_text(encoding="utf-8")
+    text = args.calibration_file and corpus.read_text(args.calibration_file)
     _check_model(args, integer)
 
     model, tokenizer = models.load(args.model, args.device, mapped=True)

@@ -5,9 +5,11 @@ the same call gives the same tokens on every machine, and asking for more sequen
 one had.
 """
 
+import codecs
 import hashlib
 import json
 import random
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -77,6 +79,56 @@ def text_tokens(tokenizer, text: str, sequences: int, length: int) -> torch.Tens
     Raises ValueError when the text has fewer sequences of that length.
     """
     return _draw(_encode(tokenizer, [text]), sequences, length, "calibration")
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file of your own, for `text_tokens`.
+
+    A byte order mark is left out, and lines that end in CRLF end in LF.
+
+    Raises FileNotFoundError, IsADirectoryError, and ValueError for an empty file and for bytes that
+    are not UTF-8 text; the message says what they seem to be and how to convert them.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a text file")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: name a text file")
+    data = path.read_bytes()
+    encoding = _wide_encoding(data)
+    if encoding:
+        raise ValueError(f"{path} seems to be {encoding}, not UTF-8: {_convert(path, encoding)}")
+    if b"\0" in data:
+        raise ValueError(f"{path} holds NUL bytes, so it is not text: name a text file in UTF-8")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}). It may be "
+            f"WINDOWS-1252 or latin-1: {_convert(path, 'WINDOWS-1252')}"
+        ) from error
+    if not text.strip():
+        raise ValueError(f"{path} is empty: name a file with some text")
+    return text.replace("\r\n", "\n")
+
+
+def _wide_encoding(data: bytes) -> str | None:
+    """UTF-16 or UTF-32, if the byte order mark or the places of the NUL bytes say so."""
+    if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    start = data[:2000]
+    even, odd = start[::2].count(0), start[1::2].count(0)
+    if odd > 0.4 * len(start) / 2 and even < 0.01 * len(start):
+        return "UTF-16LE"
+    if even > 0.4 * len(start) / 2 and odd < 0.01 * len(start):
+        return "UTF-16BE"
+    return None
+
+
+def _convert(path: Path, encoding: str) -> str:
+    return f"convert it with `iconv -f {encoding} -t UTF-8 {path.name} > utf8.txt`"
 
 
 def check_tokens(model: nn.Module, tokens: torch.Tensor, what: str = "tokens") -> None:

@@ -200,3 +200,43 @@ def test_more_than_there_is(tokenizer, draw, count):
 def test_less_than_one(tokenizer, sequences, length):
     with pytest.raises(ValueError, match=f"{sequences} sequences of {length} tokens"):
         corpus.calibration_tokens(tokenizer, sequences, length)
+
+
+# --- a text of your own ---------------------------------------------------------------------------
+
+LINES = "Größe: 12 µm\nand a second line\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_utf8_is_read_without_byte_order_mark_and_carriage_returns(tmp_path, encoding, end):
+    file = tmp_path / "own.txt"
+    file.write_bytes(LINES.replace("\n", end).encode(encoding))
+    assert corpus.read_text(file) == corpus.read_text(str(file)) == LINES
+
+
+@pytest.mark.parametrize(
+    ("data", "seen", "advice"),
+    [
+        (LINES.encode("utf-16"), "seems to be UTF-16", "iconv -f UTF-16 "),
+        (LINES.encode("utf-16-le"), "seems to be UTF-16LE", "iconv -f UTF-16LE "),
+        (LINES.encode("utf-16-be"), "seems to be UTF-16BE", "iconv -f UTF-16BE "),
+        (LINES.encode("utf-32"), "seems to be UTF-32", "iconv -f UTF-32 "),
+        (LINES.encode("latin-1"), "byte 2 is 0xf6", "iconv -f WINDOWS-1252 "),
+        (b"text\0text, and no more", "holds NUL bytes", "name a text file"),
+        (b"", "is empty", "name a file"),
+        (b"\xef\xbb\xbf \r\n", "is empty", "name a file"),
+    ],
+)
+def test_what_is_not_utf8_text_is_refused_in_one_line(tmp_path, data, seen, advice):
+    file = tmp_path / "own.txt"
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(file))} .*{seen}.*{advice}") as caught:
+        corpus.read_text(file)
+    assert len(str(caught.value)) - len(str(file)) < 200
+
+
+@pytest.mark.parametrize("name", [".", "missing.txt"])
+def test_a_folder_or_a_missing_file_is_no_text(tmp_path, name):
+    with pytest.raises(OSError, match="name a text file"):
+        corpus.read_text(tmp_path / name)

@@ -294,22 +294,29 @@ def test_offline_fails_at_once_and_names_the_embedded_model(monkeypatch, no_netw
 def test_hub_models_are_loaded_safely(monkeypatch, reachable):
     asked = {}
 
-    def from_pretrained(name, **options):
-        asked[name] = asked.get(name, {}) | options
-        return torch.nn.Linear(1, 1)
+    config = transformers.LlamaConfig()
+    info = {"missing_keys": set(), "mismatched_keys": set(), "unexpected_keys": set()}
+
+    def answers(kind, answer):
+        def from_pretrained(name, **options):
+            assert name == "someone/something"
+            asked[kind] = options
+            return answer
+
+        monkeypatch.setattr(getattr(transformers, kind), "from_pretrained", from_pretrained)
 
     hub(monkeypatch, None if reachable else OSError("unreachable"))
-    for auto in (transformers.AutoTokenizer, transformers.AutoModelForCausalLM):
-        monkeypatch.setattr(auto, "from_pretrained", from_pretrained)
+    answers("AutoConfig", config)
+    answers("AutoTokenizer", None)
+    answers("AutoModelForCausalLM", (torch.nn.Linear(1, 1), info))
     models.load("someone/something", device="cpu")
-    assert asked == {
-        "someone/something": {
-            "trust_remote_code": False,
-            "use_safetensors": True,
-            "local_files_only": not reachable,  # what was fetched before still loads
-            "dtype": torch.float32,
-        }
+    safe = {
+        "trust_remote_code": False,
+        "local_files_only": not reachable,  # what was fetched before still loads
     }
+    assert asked["AutoConfig"] == asked["AutoTokenizer"] == safe
+    expected = safe | {"use_safetensors": True, "dtype": torch.float32, "config": config}
+    assert asked["AutoModelForCausalLM"].items() >= expected.items()
 
 
 def test_a_name_that_no_model_can_have():

@@ -1,0 +1,336 @@
+"""Models that cannot be loaded as they are: each error names the file and what to do, in a line."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+from chapter13 import models
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123456\n"
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+def tiny(folder, config=None, **saving):
+    torch.manual_seed(13)
+    config = config or transformers.LlamaConfig(**SIZES)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(folder, **saving)
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(20)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a model in one file, and one with the same model in several."""
+    one, several = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("several")
+    tiny(one)
+    tiny(several, max_shard_size="20KB")
+    assert len(list(several.glob("*.safetensors"))) > 2
+    return one, several
+
+
+@pytest.fixture
+def one(made, tmp_path):
+    return shutil.copytree(made[0], tmp_path / "one")
+
+
+@pytest.fixture
+def several(made, tmp_path):
+    return shutil.copytree(made[1], tmp_path / "several")
+
+
+def refused(folder, error, words, calls=(models.load, models.skeleton)):
+    """Checks that the calls raise such an error, in one line of fewer than 300 characters."""
+    for call in calls:
+        with pytest.raises(error, match=words) as caught:
+            call(folder)
+        said = str(caught.value)
+        assert str(folder) in said
+        assert "\n" not in said
+        assert len(said) - len(str(folder)) < 250
+
+
+def edit_config(folder, **values):
+    """Changes the values in config.json; None takes one out."""
+    config = json.loads((folder / "config.json").read_text()) | values
+    config = {name: value for name, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_tensors(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# --- tensors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_missing_tensors_are_refused(one, mapped):
+    def edit(tensors):
+        for name in [name for name in tensors if name.startswith("model.layers.1.mlp")]:
+            del tensors[name]
+
+    edit_tensors(one, edit)
+    words = r"lacks 3 tensors.*first model\.layers\.1\.mlp\.down_proj\.weight.*Fetch"
+    refused(one, ValueError, words, [lambda folder: models.load(folder, mapped=mapped)])
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_tensors_of_another_shape_are_refused(one, mapped):
+    edit_config(one, intermediate_size=48)
+    words = r"layers\.0\.mlp\.down_proj\.weight has shape \(32, 64\).*\(32, 48\) \(6 such"
+    refused(one, ValueError, words, [lambda folder: models.load(folder, mapped=mapped)])
+
+
+def test_tensors_missing_from_one_of_several_files_are_refused(several):
+    index = several / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    gone = content["weight_map"].pop("model.norm.weight")
+    tensors = load_file(several / gone)
+    del tensors["model.norm.weight"]
+    save_file(tensors, several / gone, metadata={"format": "pt"})
+    index.write_text(json.dumps(content))
+    refused(several, ValueError, "lacks 1 .*first model.norm.weight", [models.load])
+
+
+def test_quantized_weights_are_not_loaded_as_others(one):
+    name = "model.layers.0.mlp.up_proj"
+
+    def edit(tensors):
+        del tensors[f"{name}.weight"]
+        tensors[f"{name}.qweight"] = torch.zeros(4, 64, dtype=torch.int32)
+
+    edit_tensors(one, edit)
+    refused(one, ValueError, rf"is quantized \(it has {name}\.qweight\).*load_gptq", [models.load])
+    edit_config(one, quantization_config={"quant_method": "gptq", "bits": 4})
+    refused(one, ValueError, "is quantized .*quantization_config", [models.load])
+    assert models.skeleton(one)
+
+
+def test_tied_weights_are_not_missing(tmp_path):
+    tiny(tmp_path, transformers.LlamaConfig(**SIZES, tie_word_embeddings=True))
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    for model in models.load(tmp_path)[0], models.skeleton(tmp_path):
+        assert model.config.tie_word_embeddings
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+# --- a head of its own ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("files", ["one", "several"])
+def test_a_head_that_differs_from_the_embeddings_is_kept(request, tmp_path, files, mapped):
+    """Even where config.json says that they are tied; and it says so no longer when saved."""
+    folder = request.getfixturevalue(files)
+    expected, _ = models.load(folder, device="cpu")
+    edit_config(folder, tie_word_embeddings=True)
+    model, _ = models.load(folder, device="cpu", mapped=mapped)
+    assert torch.equal(model.lm_head.weight, expected.lm_head.weight)
+    assert not model.config.tie_word_embeddings
+    model.tie_weights()
+    assert torch.equal(model.lm_head.weight, expected.lm_head.weight)
+    hollow = models.skeleton(folder)
+    assert hollow.lm_head.weight is not hollow.model.embed_tokens.weight
+    assert not hollow.config.tie_word_embeddings
+    model.save_pretrained(tmp_path / "again")
+    assert "lm_head.weight" in load_file(tmp_path / "again" / "model.safetensors")
+
+
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_where_the_class_ties_by_default_the_weights_decide(tmp_path, prefix, same):
+    """GPT-2, whose files name the embeddings with or without a prefix."""
+    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2)
+    tiny(tmp_path, config)
+    edit_config(tmp_path, tie_word_embeddings=None)
+    head = torch.randn(64, 32, generator=torch.Generator().manual_seed(13))
+
+    def edit(tensors):
+        for name in list(tensors):
+            tensors[prefix + name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["lm_head.weight"] = tensors[f"{prefix}wte.weight"].clone() if same else head
+
+    edit_tensors(tmp_path, edit)
+    model, hollow = models.load(tmp_path, device="cpu")[0], models.skeleton(tmp_path)
+    assert same or torch.equal(model.lm_head.weight, head)
+    for each in model, hollow:
+        assert each.config.tie_word_embeddings == same
+        assert (each.lm_head.weight is each.transformer.wte.weight) == same
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+CHECKS = (models.check_files, models.load, models.skeleton)
+
+
+def test_whole_files_pass(one, several, tmp_path):
+    for folder in one, several, tmp_path:
+        assert models.check_files(folder) is None
+    (one / "consolidated.safetensors").write_bytes(POINTER)  # load does not read it
+    models.check_files(str(one))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda data: POINTER, "is a Git LFS pointer.*git lfs pull"),
+        (lambda data: data[: len(data) // 2], "cut off or corrupt.*fetch it again"),
+        (lambda data: data[:-1], "cut off or corrupt.*fetch it again"),
+        (lambda data: b"", "cut off or corrupt.*fetch it again"),
+        (lambda data: b"\xff" * 4000, "cut off or corrupt.*fetch it again"),
+        (lambda data: b"<!DOCTYPE html><html>not found</html>", "cut off or corrupt.*fetch it"),
+    ],
+)
+@pytest.mark.parametrize("files", ["one", "several"])
+def test_damaged_files_are_named(request, files, damage, words):
+    folder = request.getfixturevalue(files)
+    file = sorted(folder.glob("*.safetensors"))[-1]
+    file.write_bytes(damage(file.read_bytes()))
+    refused(folder, ValueError, f"{re.escape(str(file))} is .*{words.removeprefix('is ')}", CHECKS)
+
+
+def test_a_file_that_the_index_names_and_that_is_missing(several):
+    names = sorted(file.name for file in several.glob("*.safetensors"))
+    (several / names[1]).unlink()
+    words = rf"lacks {names[1]}, .*1 of {len(names)} files .*fetch it again"
+    refused(several, FileNotFoundError, words, CHECKS)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (POINTER, "Git LFS"),
+        (b"{", "not an index"),
+        (b"[]", "not an index"),
+        (b"{}", "not an index"),
+    ],
+)
+def test_a_damaged_index(several, content, words):
+    (several / "model.safetensors.index.json").write_bytes(content)
+    refused(several, ValueError, words, CHECKS)
+
+
+# --- config.json ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{nope", "config.json is not JSON"),
+        (b"\xff\xfe", "config.json is not JSON"),
+        (b"[1]", "config.json has no model_type"),
+        (b"{}", "config.json has no model_type"),
+        (POINTER, "Git LFS pointer"),
+    ],
+)
+def test_a_config_that_says_nothing(one, content, words):
+    (one / "config.json").write_bytes(content)
+    refused(one, ValueError, words)
+
+
+def test_no_config(one):
+    (one / "config.json").unlink()
+    refused(one, FileNotFoundError, "no config.json")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"model_type": "nobody_s"}, "does not know the model_type 'nobody_s'"),
+        (
+            {"model_type": "nobody_s", "auto_map": {"AutoConfig": "own.Config"}},
+            "code of its own .*config.json.*trust_remote_code",
+        ),
+        ({"hidden_size": "many"}, "config.json is refused"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "is a LlamaForSequence.*'llama'"),
+    ],
+)
+def test_configurations_that_are_refused(one, values, words):
+    edit_config(one, **values)
+    refused(one, ValueError, words)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("t5", "an encoder-decoder .*'t5'.*decoder-only"),
+        ("bart", "an encoder-decoder .*'bart'"),
+        ("whisper", "an encoder-decoder .*'whisper'"),
+        ("llava", "a vision-language model .*'llava'"),
+        ("gemma3", "a vision-language model .*'gemma3'"),
+        ("clip", "a vision-language model .*'clip'"),
+        ("vit", "another architecture .*'vit'"),
+    ],
+)
+def test_models_that_are_not_decoders_alone(tmp_path, kind, words):
+    transformers.AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    refused(tmp_path, ValueError, words)
+
+
+# --- tokenizers -----------------------------------------------------------------------------------
+
+PIECES = b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02" * 3  # as SentencePiece writes them
+RANKS = b"IQ== 0\nIg== 1\n"  # as tiktoken does
+
+
+def without_tokenizer(folder):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+def test_no_tokenizer(one):
+    without_tokenizer(one)
+    refused(one, FileNotFoundError, "has no tokenizer: it needs tokenizer.json, ", [models.load])
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "packages"),
+    [
+        ("LlamaTokenizer", PIECES, "sentencepiece protobuf"),
+        (None, PIECES, "sentencepiece protobuf"),
+        ("PreTrainedTokenizerFast", RANKS, "tiktoken"),
+    ],
+)
+def test_a_tokenizer_that_needs_a_package(one, monkeypatch, kind, data, packages):
+    real = models.find_spec
+    hidden = ("sentencepiece", "tiktoken", "google.protobuf")
+    monkeypatch.setattr(models, "find_spec", lambda name: None if name in hidden else real(name))
+    if any(map(real, ("sentencepiece", "tiktoken"))):
+        pytest.skip("the packages are installed, so transformers takes the tokenizer")
+    without_tokenizer(one)
+    (one / "tokenizer.model").write_bytes(data)
+    if kind:
+        (one / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    refused(one, ImportError, f"pip install {packages}$", [models.load])
+
+
+def test_a_tokenizer_with_code_of_its_own(one):
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (one / "tokenizer_config.json").write_text(json.dumps(own))
+    words = "code of its own .*tokenizer_config.json.*trust_remote_code"
+    refused(one, ValueError, words, [models.load])
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"model": 1}'])
+def test_a_damaged_tokenizer(one, content):
+    (one / "tokenizer.json").write_text(content)
+    refused(one, ValueError, "the tokenizer of .* is refused", [models.load])
