@@ -136,7 +136,7 @@ def _open(name: str, device: torch.device | None):
         model = checkpoint.load_gptq(folder)
     else:
         model = storage.load_quantized(models.skeleton(folder), folder / OWN)
-        models.computes_in_float32(model)
+        models.compute_in_float32(model)
     tokenizer = AutoTokenizer.from_pretrained(
         folder, trust_remote_code=False, local_files_only=True
     )

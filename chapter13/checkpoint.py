@@ -23,6 +23,7 @@ from chapter13.gptq_words import (
     from_gptq,
     to_gptq,
 )
+from chapter13.model_files import check_pointer
 from chapter13.models import skeleton
 from chapter13.tensors import check_part
 from chapter13.whole_model.layers import has_tied_head, linear_layers, weight_of
@@ -355,6 +356,7 @@ def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
             )
     tensors = {}
     for path in files:
+        check_pointer(path)
         try:
             with safe_open(path, framework="pt") as file:
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}

@@ -3,24 +3,20 @@
 Weights come from safetensors files alone: they hold numbers, where a pickle may hold a program.
 """
 
-import json
 import os
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from chapter13.fetch.download import GGUF, require
+from chapter13.model_files import check_complete, load_config, load_tokenizer, quantized_already
 from chapter13.quiet import silence_torchao
 
 EMBEDDED = "smollm2-135m"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 HUB_TIMEOUT = 5  # seconds
-WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-LFS = b"version https://git-lfs"  # how a Git LFS pointer starts
-TOKENIZERS = "tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
 
 
 def load(name: str = EMBEDDED, device: str | torch.device | None = None, mapped: bool = False):
@@ -30,7 +26,7 @@ def load(name: str = EMBEDDED, device: str | torch.device | None = None, mapped:
     model on the Hugging Face hub, such as "gpt2", or a folder that holds one.
     `device`: as `find_device` takes it; None takes the GPU when there is one, else the CPU.
     `mapped`: keep the data type that the checkpoint says it has, and compute in float32 all the
-    same (see `computes_in_float32`). The cast takes time at each use, but no memory: on the CPU a
+    same (see `compute_in_float32`). The cast takes time at each use, but no memory: on the CPU a
     checkpoint in 16 bits, in one file or many, then stays where it is, on the disk.
 
     Returns (model, tokenizer), as transformers' Auto classes make them. On the CPU the weights of a
@@ -48,10 +44,10 @@ def load(name: str = EMBEDDED, device: str | torch.device | None = None, mapped:
     with _found(name) as (source, safe):
         from transformers import AutoModelForCausalLM
 
-        config = _config(source, safe)
+        config = load_config(source, safe)
         if getattr(config, "quantization_config", None):
-            raise ValueError(_quantized(source, "config.json has a quantization_config"))
-        tokenizer = _tokenizer(source, safe)
+            raise ValueError(quantized_already(source, "config.json has a quantization_config"))
+        tokenizer = load_tokenizer(source, safe)
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
@@ -61,9 +57,9 @@ def load(name: str = EMBEDDED, device: str | torch.device | None = None, mapped:
             ignore_mismatched_sizes=True,  # refused below, with the name of the tensor
             **safe,
         )
-        _check_complete(source, info)
+        check_complete(source, info)
     model = model.to(device).eval()
-    return computes_in_float32(model) if mapped else model, tokenizer
+    return compute_in_float32(model) if mapped else model, tokenizer
 
 
 def find_device(name: str | torch.device | None = None) -> torch.device:
@@ -88,7 +84,7 @@ def find_device(name: str | torch.device | None = None) -> torch.device:
 
 
 def skeleton(name: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A model of the shape that a model's `config.json` describes, its weights in no memory yet.
+    """A model of the shape that a model's `config.json` describes, its weights not allocated yet.
 
     Parameters are on torch's "meta" device, buffers are real. `name`: as `load` takes it; nothing
     but the configuration is fetched. Of a folder's weights the headers are read and, if the folder
@@ -100,7 +96,7 @@ def skeleton(name: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM, GenerationConfig
 
-        config = _config(source, safe)
+        config = load_config(source, safe)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # it will not be quantized in transformers' sense
         with init_empty_weights(include_buffers=False):
@@ -111,247 +107,7 @@ def skeleton(name: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     return model.eval()
 
 
-def check_files(folder: str | Path) -> None:
-    """Raises unless a folder's safetensors files are whole, as far as their headers and sizes say.
-
-    Checks the files that `load` would read: model.safetensors, else those that the index names,
-    else all. A folder without any passes.
-
-    Raises FileNotFoundError for a file that the index names and that is not there, ValueError for a
-    Git LFS pointer in the place of a file, and for a file or an index that is cut off or corrupt.
-    """
-    _stored(Path(folder))
-
-
-def _stored(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it, for the files that `check_files` checks."""
-    from safetensors import SafetensorError, safe_open
-
-    places = {}
-    for file in _weight_files(folder):
-        _check_pointer(file)
-        try:
-            with safe_open(file, framework="pt") as opened:
-                places |= dict.fromkeys(opened.keys(), file)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{file} is cut off or corrupt ({_short(error, 80)}): fetch it again"
-            ) from error
-    return places
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if (folder / WHOLE).is_file():
-        return [folder / WHOLE]
-    if not index.is_file():
-        return sorted(folder.glob("*.safetensors"))
-    _check_pointer(index)
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not an index of safetensors files: fetch it again") from error
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise FileNotFoundError(
-            f"{folder} lacks {missing[0]}, which {INDEX} names "
-            f"({len(missing)} of {len(names)} files are missing): fetch it again"
-        )
-    return [folder / name for name in names]
-
-
-def _check_pointer(file: Path) -> None:
-    with file.open("rb") as opened:
-        if opened.read(len(LFS)) == LFS:
-            raise ValueError(
-                f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` there"
-            )
-
-
-def _check_complete(source: str, info: dict) -> None:
-    """Raises ValueError where transformers filled in random numbers; `info`: its loading info."""
-    if packed := sorted(key for key in info["unexpected_keys"] if key.endswith(".qweight")):
-        raise ValueError(_quantized(source, f"it has {packed[0]}"))
-    if shapes := sorted(info["mismatched_keys"]):
-        name, stored, expected = shapes[0]
-        raise ValueError(
-            f"{source}: {name} has shape {tuple(stored)}, config.json asks for {tuple(expected)} "
-            f"({len(shapes)} such tensors). Fetch config.json and the weights again, from one place"
-        )
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(
-            f"{source} lacks {len(missing)} tensors that its config.json asks for, first "
-            f"{missing[0]}. Fetch config.json and the weights again, from one place"
-        )
-
-
-def _quantized(source: str, why: str) -> str:
-    return (
-        f"{source} is quantized ({why}): name the model that it came from, or load a GPTQ "
-        "checkpoint with checkpoint.load_gptq"
-    )
-
-
-def _config(source: str, safe: dict):
-    """A model's configuration, checked; `tie_word_embeddings` is what the weights say."""
-    from transformers import AutoConfig
-    from transformers import __version__ as version
-
-    folder = Path(source) if Path(source).is_dir() else None
-    if folder:
-        kind = _check_config_file(folder)
-        stored = _stored(folder)
-    try:
-        config = AutoConfig.from_pretrained(source, **safe)
-    except Exception as error:
-        if isinstance(error, OSError) and not folder:
-            raise
-        if "trust_remote_code" in str(error):
-            raise ValueError(_own_code(source, "config.json")) from error
-        if "does not recognize this architecture" in str(error):
-            named = repr(kind) if folder else "the one that its config.json names"
-            raise ValueError(
-                f"{source}: transformers {version} does not know the model_type {named}; a newer "
-                "one may: pip install --upgrade transformers"
-            ) from error
-        raise ValueError(f"{source}: config.json is refused: {_short(error)}") from error
-    made = _causal_class(source, config)
-    if folder and getattr(config, "tie_word_embeddings", False) and _own_head(made, stored):
-        config.tie_word_embeddings = False
-    return config
-
-
-def _check_config_file(folder: Path) -> str:
-    """The model_type that config.json names; raises where there is none."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} holds no model: it has no config.json")
-    _check_pointer(file)
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({_short(error, 80)}): fetch it again") from error
-    if not isinstance(config, dict) or not config.get("model_type"):
-        raise ValueError(f"{file} has no model_type, so it does not say which model this is")
-    return config["model_type"]
-
-
-def _causal_class(source: str, config) -> type:
-    """The model class; raises ValueError unless it is a decoder-only causal language model."""
-    from transformers import AutoModelForCausalLM
-
-    mapping = AutoModelForCausalLM._model_mapping
-    named = (getattr(config, "architectures", None) or [""])[0]
-    if getattr(config, "is_encoder_decoder", False):
-        what = "an encoder-decoder"
-    elif hasattr(config, "vision_config"):
-        what = "a vision-language model"
-    elif type(config) not in mapping or config.get_text_config() is not config:
-        what = "another architecture"
-    elif "For" in named and "ForCausalLM" not in named:
-        what = f"a {named}"
-    else:
-        return mapping[type(config)]
-    raise ValueError(
-        f"{source} is {what} (model_type {config.model_type!r}): this course takes decoder-only "
-        "causal language models"
-    )
-
-
-def _own_head(made: type, stored: dict[str, Path]) -> bool:
-    """Whether the files hold a head that differs from the embeddings that it could be tied to."""
-    pairs, prefix = made._tied_weights_keys, f"{made.base_model_prefix}."
-    for head, embeddings in pairs.items() if isinstance(pairs, dict) else ():
-        found = [
-            key
-            for name in (head, embeddings)
-            for key in dict.fromkeys((name, name.removeprefix(prefix)))
-            if key in stored
-        ]
-        if len(found) == 2 and not torch.equal(*(_tensor(stored[key], key) for key in found)):
-            return True
-    return False
-
-
-def _tensor(file: Path, name: str) -> torch.Tensor:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as opened:
-        return opened.get_tensor(name)
-
-
-def _tokenizer(source: str, safe: dict):
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source, **safe)
-    except Exception as error:  # the tokenizers library raises bare ones
-        folder = Path(source) if Path(source).is_dir() else None
-        if isinstance(error, OSError) and not folder:
-            raise
-        if "trust_remote_code" in str(error):
-            raise ValueError(_own_code(source, "tokenizer_config.json")) from error
-        if folder and not _holds_tokenizer(folder):
-            raise FileNotFoundError(f"{folder} has no tokenizer: it needs {TOKENIZERS}") from error
-        if packages := _packages(source, str(error)):
-            raise ImportError(
-                f"the tokenizer of {source} needs a package: pip install {' '.join(packages)}"
-            ) from error
-        raise ValueError(f"the tokenizer of {source} is refused: {_short(error)}") from error
-
-
-def _holds_tokenizer(folder: Path) -> bool:
-    files = {file.name for file in folder.iterdir()}
-    vocabularies = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt"}
-    return bool(files & vocabularies) or any(
-        name.endswith((".model", ".tiktoken", ".bpe", ".spm")) for name in files
-    )
-
-
-def _packages(source: str, said: str) -> list[str]:
-    """What to install for a tokenizer, from its file and from transformers' error."""
-    from huggingface_hub import try_to_load_from_cache
-
-    said = said.lower()
-    if not any(name in said for name in ("sentencepiece", "tiktoken", "protobuf")):
-        return []
-    file = Path(source) / "tokenizer.model"
-    if not Path(source).is_dir():
-        file = try_to_load_from_cache(source, file.name)
-        file = Path(file) if isinstance(file, str) else None
-    if file and file.is_file():
-        # transformers names tiktoken for either; a SentencePiece file starts with a protobuf tag
-        piece = file.read_bytes()[:1] == b"\n"
-    else:
-        piece = "tiktoken" not in said
-    modules = (
-        {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
-        if piece or "protobuf" in said
-        else {"tiktoken": "tiktoken"}
-    )
-    return [package for package, module in modules.items() if not _installed(module)]
-
-
-def _installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # google, in which protobuf would be
-        return False
-
-
-def _own_code(source: str, file: str) -> str:
-    return (
-        f"{source} comes with code of its own (auto_map in {file}), which is not run here: "
-        "trust_remote_code stays False. Name a model that transformers has itself"
-    )
-
-
-def _short(error: Exception, limit: int = 150) -> str:
-    """An error in one line."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
-
-
-def computes_in_float32(model: nn.Module) -> nn.Module:
+def compute_in_float32(model: nn.Module) -> nn.Module:
     """Lets a model with weights in float16 or bfloat16 compute in float32; returns the model.
 
     Each module's own weights are cast while it computes, and the copies are gone afterwards: one

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from chapter13 import models
+from chapter13 import model_files, models
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123456\n"
 SIZES = {
@@ -119,7 +119,7 @@ def test_quantized_weights_are_not_loaded_as_others(one):
         tensors[f"{name}.qweight"] = torch.zeros(4, 64, dtype=torch.int32)
 
     edit_tensors(one, edit)
-    refused(one, ValueError, rf"is quantized \(it has {name}\.qweight\).*load_gptq", [models.load])
+    refused(one, ValueError, rf"is quantized \(it has {name}\.qweight\).*open_model", [models.load])
     edit_config(one, quantization_config={"quant_method": "gptq", "bits": 4})
     refused(one, ValueError, "is quantized .*quantization_config", [models.load])
     assert models.skeleton(one)
@@ -179,14 +179,14 @@ def test_where_the_class_ties_by_default_the_weights_decide(tmp_path, prefix, sa
 
 # --- files ----------------------------------------------------------------------------------------
 
-CHECKS = (models.check_files, models.load, models.skeleton)
+CHECKS = (model_files.check_files, models.load, models.skeleton)
 
 
 def test_whole_files_pass(one, several, tmp_path):
     for folder in one, several, tmp_path:
-        assert models.check_files(folder) is None
+        assert model_files.check_files(folder) is None
     (one / "consolidated.safetensors").write_bytes(POINTER)  # load does not read it
-    models.check_files(str(one))
+    model_files.check_files(str(one))
 
 
 @pytest.mark.parametrize(
@@ -311,9 +311,11 @@ def test_no_tokenizer(one):
     ],
 )
 def test_a_tokenizer_that_needs_a_package(one, monkeypatch, kind, data, packages):
-    real = models.find_spec
+    real = model_files.find_spec
     hidden = ("sentencepiece", "tiktoken", "google.protobuf")
-    monkeypatch.setattr(models, "find_spec", lambda name: None if name in hidden else real(name))
+    monkeypatch.setattr(
+        model_files, "find_spec", lambda name: None if name in hidden else real(name)
+    )
     if any(map(real, ("sentencepiece", "tiktoken"))):
         pytest.skip("the packages are installed, so transformers takes the tokenizer")
     without_tokenizer(one)

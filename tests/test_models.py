@@ -346,7 +346,7 @@ def sharded(folder, make, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
-def test_a_mapped_model_computes_in_float32_as_it_lies_on_disk(tmp_path, make, dtype, no_network):
+def test_a_mapped_model_compute_in_float32_as_it_lies_on_disk(tmp_path, make, dtype, no_network):
     sharded(tmp_path, make, dtype)
     expected, _ = models.load(str(tmp_path), device="cpu")
     model, _ = models.load(str(tmp_path), device="cpu", mapped=True)
@@ -375,7 +375,7 @@ def test_a_mapped_model_computes_in_float32_as_it_lies_on_disk(tmp_path, make, d
 def test_a_failing_layer_gets_its_weight_back():
     layer = torch.nn.Linear(4, 4).bfloat16()
     weight = layer.weight
-    models.computes_in_float32(layer)
+    models.compute_in_float32(layer)
     with pytest.raises(RuntimeError):
         layer(torch.zeros(2, 3))
     assert layer.weight is weight
