@@ -231,7 +231,7 @@ def test_other_models_that_it_does_not_take(tmp_path, capsys):
         start = "quantize", tmp_path / model, tmp_path / "out", "--method", "absmax"
         return refused(capsys, *start, "--group-size", "16")
 
-    assert "the format's words want multiples of 32" in line("odd")
+    assert "both sides must be multiples of 32" in line("odd")
     assert "2 linear layers outside its blocks, first model.decoder.project" in line("opt")
     assert "holds no model: it has no config.json" in line("empty")
     assert sorted(tmp_path.iterdir()) == before
