@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -138,12 +139,13 @@ def run_folder(out: Path) -> Path:
     """
     if ".." in out.parts:
         out = Path(os.path.realpath(out))
-    inside, beside = out / UNFINISHED, out.with_name(f"{out.name}{UNFINISHED}") if out.name else out
+    inside = out / UNFINISHED
+    beside = out.with_name(f"{out.name}{UNFINISHED}") if out.name else inside  # "." has no name
     check_new(out, [UNFINISHED, *_half_moved(inside), *_half_moved(beside)])
     if not os.path.lexists(out):
         return beside
-    earlier = out.name and beside.is_dir() and beside.stat().st_dev == out.stat().st_dev
-    return beside if earlier else inside  # OUT was made by hand after a run began
+    earlier = beside.is_dir() and beside.stat().st_dev == out.stat().st_dev
+    return beside if earlier else inside  # beside: OUT was made by hand after a run began
 
 
 def make_run_folder(folder: Path) -> list[Path]:
@@ -166,14 +168,10 @@ def make_run_folder(folder: Path) -> list[Path]:
 
 
 def remove_empty(folders: Iterable[Path]) -> None:
-    """Removes folders, the innermost first, until one is not empty."""
+    """Removes those of the folders that exist and are empty; give the innermost first."""
     for folder in folders:
-        try:
+        with suppress(OSError):
             folder.rmdir()
-        except FileNotFoundError:
-            continue
-        except OSError:
-            return
 
 
 def clear_half_moved(folder: Path, out: Path) -> None:
