@@ -7,12 +7,12 @@ Integer grids go out as a GPTQ checkpoint, which other programs load too; NF4 an
 there is no such format, as a safetensors file of our own beside config and tokenizer.
 
 The weights stay in their mapped files, as they are: in memory there is about one block in float32
-at a time. What is finished lies in OUT.unfinished, from which an interrupted run goes on; OUT
-appears when all is done.
+at a time. What is finished is in OUT.unfinished (in OUT/.unfinished if OUT is an empty folder
+already), from which an interrupted run continues; OUT is a model when all is done.
 """
 
 import argparse
-import json
+import shlex
 import shutil
 import sys
 import warnings
@@ -21,15 +21,15 @@ from pathlib import Path
 
 import torch
 
-from chapter13 import checkpoint, corpus, evaluate, models
+from chapter13 import checkpoint, corpus, evaluate, folders, models
+from chapter13.gptq_words import BITS, FORMATS, check_shape
+from chapter13.memory import linear_bytes
 from chapter13.quantize import LEARNED, ROUNDING, check_groups, quantize_model, report
 from chapter13.tables import CODE_BOOKS
-from chapter13.whole_model import storage
-from chapter13.whole_model.layers import linear_layers, weight_of
+from chapter13.whole_model.layers import check_all_reached, linear_layers, weight_of
 from chapter13.whole_model.walk import outside_blocks
 
 DEVICE = "cpu, cuda, ...; default: CHAPTER13_DEVICE if it is set, else the GPU if there is one"
-OWN = "quantized.safetensors"  # in a folder with NF4 or FP4
 OPTIONS = {  # which option belongs to which methods
     "double_quant": tuple(CODE_BOOKS),
     "symmetric": ("gptq",),
@@ -68,13 +68,27 @@ def main(arguments: list[str] | None = None) -> int:
 
 def quantize_command(args: argparse.Namespace) -> None:
     """Writes the quantized model to `args.out`, or raises and leaves what is finished beside it."""
-    out, integer = args.out, args.method not in CODE_BOOKS
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not empty: name another folder")
+    _check_out(args)
     text = args.calibration_file and corpus.read_text(args.calibration_file)
-    _check_model(args, integer)
+    with _unfinished(args.out) as folder:
+        skeleton = _check_model(args)
+        _check_room(skeleton, args, folder)
+        del skeleton
+        model, tokenizer = models.load(args.model, args.device, mapped=True)
+        _quantize(model, tokenizer, text, args, folder)
+        result = folder / "result"
+        if args.method in CODE_BOOKS:
+            folders.save_own(model, tokenizer, result)
+        else:
+            checkpoint.save_gptq(model, result, tokenizer, _format(args))
+        folders.move_in(result, args.out, but=[folder.name])
+    size = sum(file.stat().st_size for file in args.out.iterdir() if file.is_file())
+    command = shlex.join(["evaluate", str(args.out), "--reference", args.model])
+    _say(f"{args.out}: {size / 1e6:.0f} MB. What it lost: python -m chapter13 {command}")
 
-    model, tokenizer = models.load(args.model, args.device, mapped=True)
+
+def _quantize(model, tokenizer, text: str | None, args: argparse.Namespace, folder: Path) -> None:
+    """Quantizes a model in place; its blocks are then in files of `folder`."""
     options = {
         name: getattr(args, name)
         for name in ("double_quant", "symmetric", "act_order", "damp", "clip_search")
@@ -87,28 +101,16 @@ def quantize_command(args: argparse.Namespace) -> None:
             if text is None
             else corpus.text_tokens(tokenizer, text, *size)
         )
-    with _unfinished(out) as folder:
-        quantize_model(
-            model, args.method, args.bits, args.group_size, resume=folder / "blocks", **options
-        )
-        _say(report(model))
-        result = folder / "result"
-        if integer:
-            checkpoint.save_gptq(model, result, tokenizer, _format(args))
-        else:
-            _save_own(model, tokenizer, result)
-        if out.exists():
-            out.rmdir()  # it is empty, or an error
-        result.rename(out)
-    size = sum(file.stat().st_size for file in out.iterdir())
-    _say(
-        f"{out}: {size / 1e6:.0f} MB. What it lost: python -m chapter13 evaluate {out} "
-        f"--reference {args.model}"
+    quantize_model(
+        model, args.method, args.bits, args.group_size, resume=folder / "blocks", **options
     )
+    _say(report(model))
 
 
 def evaluate_command(args: argparse.Namespace) -> None:
     """Prints perplexity and, beside a reference, KL divergence, with 95% intervals."""
+    if args.reference:
+        folders.kind(args.reference)  # an error now, not when the model has been read
     model, tokenizer = _open(args.model, args.device)
     tokens = corpus.evaluation_tokens(tokenizer, args.sequences, args.length)
     _check_length(model.config, args.length)
@@ -125,53 +127,62 @@ def evaluate_command(args: argparse.Namespace) -> None:
     print(f"KL divergence, nats per token: {divergence!r}")
 
 
-def _open(name: str, device: torch.device | None):
-    """A model and its tokenizer: quantized by us, a GPTQ checkpoint, or as `models.load` has it."""
-    folder, kind = Path(name), _kind(name)
-    if kind is None:
-        return models.load(name, device, mapped=True)
-    from transformers import AutoTokenizer
-
-    if kind == "gptq":
-        model = checkpoint.load_gptq(folder)
-    else:
-        model = storage.load_quantized(models.skeleton(folder), folder / OWN)
-        models.compute_in_float32(model)
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=False, local_files_only=True
-    )
-    return model.to(models.find_device(device)), tokenizer
+_open = folders.open_model
 
 
-def _kind(name: str) -> str | None:
-    """What a folder holds: "gptq", "own", or None for a model that is not quantized."""
-    folder = Path(name)
-    if not folder.is_dir():
-        return None
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no model: it has no config.json")
-    if (folder / OWN).is_file():
-        return "own"
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return "gptq" if config.get("quantization_config") else None
+def _check_out(args: argparse.Namespace) -> None:
+    """Raises ValueError if OUT is the model that is to be quantized, or named like it."""
+    if args.out in (Path(args.model), Path(models.EMBEDDED)):
+        raise ValueError(f"{args.out} is the name of a model: name another folder for the new one")
+    if args.out.is_dir() and Path(args.model).is_dir() and args.out.samefile(args.model):
+        raise ValueError(f"{args.out} is the model's own folder: name another folder")
 
 
-def _check_model(args: argparse.Namespace, integer: bool) -> None:
-    """Raises ValueError where the method does not fit the model, before its weights are fetched."""
-    if _kind(args.model):
+def _check_model(args: argparse.Namespace) -> torch.nn.Module:
+    """The model without weights; ValueError where the method does not fit it."""
+    if folders.kind(args.model) != "plain":
         raise ValueError(f"{args.model} is quantized already: name the model that it came from")
-    hollow = models.skeleton(args.model)
-    if outside := outside_blocks(hollow):
+    skeleton = models.skeleton(args.model)
+    if outside := outside_blocks(skeleton):
         raise ValueError(
             f"{args.model} has {len(outside)} linear layers outside its blocks, first "
             f"{outside[0]}, which this command does not reach"
         )
-    if integer:
-        check_groups(hollow, args.group_size)
-        for name, layer in linear_layers(hollow).items():
-            checkpoint.check_shape(name, weight_of(layer).shape)
+    check_all_reached(skeleton)
+    if args.method not in CODE_BOOKS:
+        checkpoint.check_names(skeleton)
+        check_groups(skeleton, args.group_size)
+        for name, layer in linear_layers(skeleton).items():
+            check_shape(name, weight_of(layer).shape)
     if args.method in LEARNED:
-        _check_length(hollow.config, args.calibration_length or 256)
+        _check_length(skeleton.config, args.calibration_length or 256)
+    return skeleton
+
+
+def _check_room(skeleton: torch.nn.Module, args: argparse.Namespace, folder: Path) -> None:
+    """Raises OSError if the disk has too little room for the finished blocks and the result."""
+    layers = {name: weight_of(layer) for name, layer in linear_layers(skeleton).items()}
+    form = f"int{args.bits}"
+    if args.method in CODE_BOOKS:
+        form = "nf4+dq" if args.double_quant else "nf4"
+    quantized = sum(sum(linear_bytes(w.shape, form, args.group_size)) for w in layers.values())
+    # AutoGPTQ's format has a copy of tied weights
+    copies = args.method not in CODE_BOOKS and _format(args) == "gptq"
+    kept = {
+        name if copies else id(tensor): tensor.numel()
+        for name, tensor in skeleton.state_dict(keep_vars=True).items()
+        if name.rpartition(".")[0] not in layers
+    }
+    # without a data type in config.json it is the files' own, two bytes at least
+    width = getattr(skeleton.config.get_text_config().dtype, "itemsize", 2)
+    finished = sum(file.stat().st_size for file in folder.glob("blocks/block-*"))
+    needed = max(quantized - finished, 0) + quantized + sum(kept.values()) * width
+    disk = shutil.disk_usage(folder)
+    if disk.total and needed > disk.free:  # some network drives do not say
+        raise OSError(
+            f"No space left for {args.out}: finished blocks and result need about "
+            f"{needed / 1e6:.1f} MB, {disk.free / 1e6:.1f} MB are free there"
+        )
 
 
 def _check_length(config, length: int) -> None:
@@ -192,8 +203,8 @@ def _check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
             parser.error(f"{method} is a table of 16 values: it takes --bits 4, not {bits}")
         if not isinstance(args.group_size, int):
             parser.error(f"{method} takes blocks of so many weights: give --group-size a number")
-    elif bits not in checkpoint.BITS:
-        held = ", ".join(map(str, checkpoint.BITS))
+    elif bits not in BITS:
+        held = ", ".join(map(str, BITS))
         parser.error(f"--bits must be one of {held}, which the GPTQ format holds, not {bits}")
 
 
@@ -205,13 +216,14 @@ def _format(args: argparse.Namespace) -> str:
 
 @contextmanager
 def _unfinished(out: Path):
-    """The folder beside OUT that keeps what is finished; it goes when all is done."""
+    """The folder beside or in OUT that keeps what is finished; it is removed when all is done."""
     from filelock import FileLock, Timeout
 
-    folder = out.with_name(f"{out.name}.unfinished")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = folders.run_folder(out)
+    new = folders.make_run_folder(folder)
     try:
         with FileLock(folder / ".lock", timeout=0):
+            folders.clear_half_moved(folder, out)
             # what a killed run left half written
             for leftover in (*folder.glob("*result*"), *folder.glob("blocks/.*.part")):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -220,21 +232,13 @@ def _unfinished(out: Path):
             except BaseException as error:
                 if not any(folder.glob("blocks/block-*")):
                     shutil.rmtree(folder, ignore_errors=True)
+                    folders.remove_empty(new)
                 elif not isinstance(error, ValueError):
                     _say(f"{folder} keeps the finished blocks: the same command goes on from there")
                 raise
     except Timeout:
         raise ValueError(f"another run is writing to {folder}") from None
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _save_own(model, tokenizer, folder: Path) -> None:
-    folder.mkdir()
-    storage.save_quantized(model, folder / OWN)
-    model.config.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def _say(text: str) -> None:
@@ -245,7 +249,8 @@ def _size(text: str) -> int | str:
     if text == "channel":
         return text
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'a positive number or "channel", not {text!r}')
+        other = ", which is -1 in other programs" if text == "-1" else ""
+        raise argparse.ArgumentTypeError(f'a positive number or "channel"{other}, not {text!r}')
     return int(text)
 
 
@@ -289,7 +294,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     quantize.set_defaults(run=quantize_command)
     quantize.add_argument("model", metavar="MODEL", help="name, hub id or folder")
-    quantize.add_argument("out", metavar="OUT", type=Path, help="a folder that is not there yet")
+    quantize.add_argument("out", metavar="OUT", type=Path, help="a folder, new or empty")
     add = quantize.add_argument
     add("--method", required=True, choices=(*LEARNED, *ROUNDING))
     add("--bits", type=_positive, default=4, help="2, 3, 4 or 8 (default: 4)")
@@ -302,7 +307,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--format",
-        choices=checkpoint.FORMATS,
+        choices=FORMATS,
         help="of the GPTQ checkpoint; the default is what "
         "GPTQModel and transformers read: gptq for symmetric grids, gptq_v2 for others. AutoGPTQ "
         "reads gptq alone",

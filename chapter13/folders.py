@@ -1,0 +1,310 @@
+"""Folders with models: what one holds, how to open it, and how a new one appears whole.
+
+`open_model` loads in a notebook what `python -m chapter13 quantize` wrote in a shell.
+"""
+
+import copy
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from chapter13 import checkpoint, models
+from chapter13.model_files import load_tokenizer
+from chapter13.whole_model import storage
+from chapter13.whole_model.layers import has_tied_head
+
+OWN = "quantized.safetensors"  # the weights in a folder with NF4 or FP4
+UNFINISHED = ".unfinished"  # a run's folder inside OUT; ends the name of one beside it
+_MOVED = "moved.json"  # in a run's folder: the names of the files that go into OUT
+_LONGEST = 80  # characters that are added to the path of a run's folder, and some to spare
+_FETCHED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+def kind(name: str | Path) -> str:
+    """What a model's name stands for: "gptq", "own" or "plain". No weights are read.
+
+    - "gptq": a GPTQ checkpoint, with its settings in `config.json` or, as AutoGPTQ wrote them at
+      first, only in `quantize_config.json`
+    - "own": what `save_own` wrote
+    - "plain": not quantized, for `models.load`
+
+    `name`: "smollm2-135m", a folder, or the id of a model on the Hugging Face hub, of which only
+    `config.json` is fetched.
+
+    Raises FileNotFoundError if there is no such folder, no `config.json` in it or no weights;
+    ValueError if `config.json` is damaged, if another program quantized the model (the message
+    names it), or if the folder holds only an adapter, only GGUF files, or only pickled weights; and
+    as `models.load` for an id.
+    """
+    folder = Path(name)
+    if str(name) == models.EMBEDDED:
+        return "plain"
+    if not folder.is_dir():
+        _check_id(str(name))
+        return "gptq" if _quantizer(name, _fetch_config(name)) else "plain"
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no model: {_why_none(folder)}")
+    if (folder / OWN).is_file():
+        return "own"
+    if _quantizer(folder, _json(folder / "config.json")):
+        return "gptq"
+    _check_weights(folder)
+    return "plain"
+
+
+def open_model(name: str | Path, device: str | torch.device | None = None):
+    """A model and its tokenizer, whether it is quantized or not.
+
+    `name`: a folder that `python -m chapter13 quantize` wrote, a GPTQ checkpoint of any program, or
+    what `models.load` takes. `device`: as `models.find_device` takes it.
+
+    Returns (model, tokenizer). The model is ready to evaluate; weights that are not quantized keep
+    the data type of the file, and all computation is in float32. Raises as `kind`, `models.load`,
+    `checkpoint.load_gptq` and `storage.load_quantized`.
+    """
+    device = models.find_device(device)
+    found = kind(name)
+    if found == "plain":
+        return models.load(str(name), device, mapped=True)
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = _fetch(str(name))
+    if found == "gptq":
+        model = checkpoint.load_gptq(folder)
+    else:
+        model = storage.load_quantized(models.skeleton(folder), folder / OWN)
+        models.compute_in_float32(model)
+    safe = {"trust_remote_code": False, "local_files_only": True}
+    return model.to(device), load_tokenizer(str(folder), safe)
+
+
+def save_own(model, tokenizer, folder: Path | str) -> None:
+    """Writes a quantized model, its configuration and tokenizer, for `open_model` to read.
+
+    It serves every method of `quantize_model`; NF4 and FP4 have no other format here. The folder
+    must be new or empty. A reader never takes half of it for the whole: `config.json` comes last.
+
+    Raises FileExistsError if the folder is not empty, FileNotFoundError or NotADirectoryError where
+    none can be, and ValueError if no layer is quantized.
+    """
+    folder = Path(folder)
+    check_new(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    place = {"dir": folder} if folder.is_dir() else {"dir": folder.parent}
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name[:40]}.", **place) as temporary:
+        made = Path(temporary) / "new"
+        made.mkdir()
+        storage.save_quantized(model, made / OWN)
+        config = copy.deepcopy(model.config)
+        config.tie_word_embeddings = has_tied_head(model)
+        config.save_pretrained(made)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        move_in(made, folder, but=[Path(temporary).name])
+
+
+def check_new(folder: Path, but: Iterable[str] = ()) -> None:
+    """Raises OSError, saying what would be right, if no new folder can appear at this path.
+
+    A folder that exists must be empty, except for the names in `but`, and `lost+found`, which
+    every ext4 disk has.
+    """
+    if not os.path.lexists(folder):
+        there = next((parent for parent in folder.parents if os.path.lexists(parent)), None)
+        if there is not None and not os.path.isdir(there):
+            what = "a link to nothing" if there.is_symlink() else "a file"
+            raise NotADirectoryError(
+                f"{there} is {what}, so {folder} cannot be a folder in it: name another folder"
+            )
+    elif not os.path.exists(folder):
+        raise FileNotFoundError(
+            f"{folder} is a link to {os.readlink(folder)}, which does not exist: make that folder "
+            "first, or name another"
+        )
+    elif not folder.is_dir() or {*os.listdir(folder)} - {"lost+found", *but}:
+        raise FileExistsError(f"{folder} exists and is not empty: name another folder")
+
+
+def run_folder(out: Path) -> Path:
+    """The folder in which a run keeps what is finished until OUT is complete: its path.
+
+    It is beside OUT, and OUT is a renamed folder in the end. If OUT exists already, it is inside,
+    and the files are moved in the end: neither a mount point nor the directory that a shell is in
+    can be replaced, and OUT may be a link to another disk. Raises OSError as `check_new`.
+    """
+    if ".." in out.parts:
+        out = Path(os.path.realpath(out))
+    inside = out / UNFINISHED
+    beside = out.with_name(f"{out.name}{UNFINISHED}") if out.name else inside  # "." has no name
+    check_new(out, [UNFINISHED, *_half_moved(inside), *_half_moved(beside)])
+    if not os.path.lexists(out):
+        return beside
+    earlier = beside.is_dir() and beside.stat().st_dev == out.stat().st_dev
+    return beside if earlier else inside  # beside: OUT was made by hand after a run began
+
+
+def make_run_folder(folder: Path) -> list[Path]:
+    """Makes a run's folder and its parents; returns those that are new, the innermost first.
+
+    Raises OSError if it cannot be written to, or if its path leaves no room for the files' names.
+    """
+    new = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="x" * (_LONGEST - 8), dir=folder):
+            pass
+    except OSError as error:
+        remove_empty(new)
+        raise type(error)(
+            f"{folder}, where unfinished work is kept, cannot be written to: {error.strerror}. "
+            "Name another OUT"
+        ) from error
+    return new
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Removes those of the folders that exist and are empty; give the innermost first."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def clear_half_moved(folder: Path, out: Path) -> None:
+    """Removes from OUT the files of a run that was killed while it moved them there."""
+    for name in _half_moved(folder):
+        (out / name).unlink(missing_ok=True)
+    (folder / _MOVED).unlink(missing_ok=True)
+
+
+def move_in(made: Path, out: Path, but: Iterable[str] = ()) -> None:
+    """Gives a complete folder its name; if that exists, moves the files in, `config.json` last.
+
+    Without a `config.json` no program takes a folder for a model. Raises OSError as `check_new`.
+    """
+    check_new(out, but)
+    if not os.path.lexists(out):
+        made.rename(out)
+        return
+    names = sorted(os.listdir(made), key=lambda name: (name == "config.json", name))
+    (made.parent / _MOVED).write_text(json.dumps(names), encoding="utf-8")
+    for name in names:
+        (made / name).rename(out / name)
+
+
+def _half_moved(folder: Path) -> list[str]:
+    file = folder / _MOVED
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+
+
+def _check_id(name: str) -> None:
+    """Raises where a name that is no folder cannot be the id of a model either."""
+    if os.path.isfile(name):
+        hint = _GGUF if name.endswith(".gguf") else "name the folder that it is in"
+        raise ValueError(f"{name} is a file, not a folder with a model: {hint}")
+    path = name.startswith((".", "~")) or name.endswith(("/", os.sep)) or os.path.isabs(name)
+    if path or len(Path(name).parts) > 2 or os.path.islink(name):
+        raise FileNotFoundError(f"there is no folder {name}")
+
+
+_GGUF = "GGUF is not read here; name the model in safetensors that the file was made from"
+
+
+def _why_none(folder: Path) -> str:
+    """Why a folder without a config.json is none to open."""
+    lacks = "it has no config.json"
+    if (folder / UNFINISHED).is_dir():
+        return f"{lacks}, because `quantize` did not finish; the same command continues the run"
+    if (folder / "adapter_config.json").is_file():
+        return f"{lacks}, {_adapter(folder)}"
+    if any(folder.glob("*.gguf")):
+        return f"{lacks}, only GGUF. {_GGUF}"
+    return lacks
+
+
+def _adapter(folder: Path) -> str:
+    base = _json(folder / "adapter_config.json").get("base_model_name_or_path")
+    named = f" ({base})" if base else ""
+    return f"only an adapter (LoRA): merge it into the model that it was trained on{named} first"
+
+
+def _check_weights(folder: Path) -> None:
+    """Raises unless a folder that is not quantized has weights that `models.load` reads."""
+    suffixes = {Path(name).suffix for name in os.listdir(folder) if not name.startswith("adapter_")}
+    if ".safetensors" in suffixes:
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} holds no weights, {_adapter(folder)}")
+    if ".gguf" in suffixes:
+        raise ValueError(f"{folder} holds only GGUF files: {_GGUF}")
+    if pickled := sorted(suffixes & set(checkpoint.PICKLED)):
+        raise ValueError(
+            f"{folder} holds weights only as {', '.join(pickled)}, pickled files that may hold a "
+            "program: save the model as safetensors first"
+        )
+    raise FileNotFoundError(f"{folder} holds no weights: it has no .safetensors file")
+
+
+def _quantizer(name: str | Path, config: dict) -> str | None:
+    """ "gptq" or None, as the settings beside a model say; ValueError for another program's."""
+    nested = config.get("text_config")  # of models that read images as well
+    nested = nested if isinstance(nested, dict) else {}
+    settings = (
+        config.get("quantization_config")
+        or config.get("compression_config")
+        or nested.get("quantization_config")
+        or {}
+    )
+    if "quantization" in config:
+        program = "MLX"
+    elif settings:
+        program = _program(settings)
+    else:
+        files = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+        files["hf_quant_config.json"] = "modelopt"
+        program = next((files[file] for file in files if Path(name, file).is_file()), None)
+    if program not in ("gptq", None):
+        raise ValueError(
+            f"{name} is quantized already, by {program}, which is not read here: name the model "
+            "that it came from"
+        )
+    return program
+
+
+def _program(settings: object) -> str:
+    if not isinstance(settings, dict):
+        return "an unknown program"
+    bitsandbytes = settings.get("load_in_4bit") or settings.get("load_in_8bit")
+    return settings.get("quant_method") or ("bitsandbytes" if bitsandbytes else "gptq")
+
+
+def _fetch_config(name: str | Path) -> dict:
+    """The config.json of a model on the hub."""
+    with models._found(name) as (source, safe):
+        from transformers import PretrainedConfig
+
+        return PretrainedConfig.get_config_dict(source, **safe)[0]
+
+
+def _fetch(name: str) -> Path:
+    """The folder with a copy of a model on the hub."""
+    with models._found(name) as (source, safe):
+        from huggingface_hub import snapshot_download
+
+        local = safe["local_files_only"]
+        return Path(snapshot_download(source, allow_patterns=_FETCHED, local_files_only=local))
+
+
+def _json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # neither JSON nor UTF-8
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return content
