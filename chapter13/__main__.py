@@ -12,6 +12,7 @@ already), from which an interrupted run continues; OUT is a model when all is do
 """
 
 import argparse
+import os
 import shlex
 import shutil
 import sys
@@ -69,6 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
 def quantize_command(args: argparse.Namespace) -> None:
     """Writes the quantized model to `args.out`, or raises and leaves what is finished beside it."""
     _check_out(args)
+    if ".." in args.out.parts:  # what comes before may not exist, and a link leads elsewhere
+        args.out = Path(os.path.realpath(args.out))
     text = args.calibration_file and corpus.read_text(args.calibration_file)
     with _unfinished(args.out) as folder:
         skeleton = _check_model(args)

@@ -4,6 +4,7 @@
 """
 
 import copy
+import errno
 import json
 import os
 import tempfile
@@ -199,6 +200,13 @@ def move_in(made: Path, out: Path, but: Iterable[str] = ()) -> None:
 
 def _half_moved(folder: Path) -> list[str]:
     file = folder / _MOVED
+    try:
+        file.stat()
+    except FileNotFoundError:
+        return []
+    except OSError as error:  # the name is too long, or a part of the path is a file
+        if error.errno == errno.ENAMETOOLONG:
+            raise OSError(f"{folder.parent}: the name is too long: name another OUT") from error
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
 
 

@@ -182,7 +182,7 @@ def test_the_panel_moves(weights):
 
 
 def test_scales_that_float16_cannot_hold_are_explained_by_what_the_panel_has():
-    panel = explore_codebooks(torch.full((4, 64), 1e-7))
+    panel = explore_codebooks(torch.full((4, 64), 1e7))
     assert "do not apply" not in panel.readout  # NF4
     said = panel.set(method="affine")
     assert "cannot be held in float16" in said

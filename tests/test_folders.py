@@ -147,7 +147,7 @@ def test_settings_of_others_in_files_of_their_own(plain, tmp_path):
         ({"config.json": "{}", "pytorch_model.bin": ""}, "only as .bin, .* as safetensors first"),
         ({"config.json": "{}"}, "holds no weights: it has no .safetensors"),
         ({"config.json": "{"}, "config.json cannot be read"),
-        ({"config.json": "[]"}, "config.json holds no JSON object"),
+        ({"config.json": "[]"}, "config.json does not hold a JSON object"),
         ({".unfinished/run": ""}, "`quantize` did not finish; the same command continues"),
     ],
     ids=lambda value: None if isinstance(value, str) else " ".join(value) or "empty",

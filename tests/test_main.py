@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import shlex
 import shutil
@@ -258,7 +259,7 @@ def test_out_must_be_new_and_the_model_not_quantized(llama, tmp_path, capsys):
 
 
 def test_odd_places_for_out(llama, tmp_path, monkeypatch, capsys):
-    """An empty folder stays the same folder, whoever is in it; the result is the same everywhere."""
+    """An empty folder stays the same folder; the result is the same everywhere."""
     assert quantize(llama, tmp_path / "new", "nf4") == 0
     expected = content(tmp_path / "new")
     here = tmp_path / "a b"
@@ -271,7 +272,7 @@ def test_odd_places_for_out(llama, tmp_path, monkeypatch, capsys):
     for out in places:
         model = out.parent if out.parent.name == "m" else llama
         assert quantize(model, out, "nf4") == 0
-        assert content(out) == expected
+        assert content(Path(os.path.realpath(out))) == expected
     assert [path.name for path in here.iterdir()] == ["deep"]
     shutil.rmtree(here / "deep")
     monkeypatch.chdir(here)
@@ -365,7 +366,7 @@ def test_a_disk_that_is_too_small(model, method, more, tmp_path, capsys, monkeyp
     written, rmtree = [], shutil.rmtree
 
     def measured(folder, **more):
-        written.extend(file.stat().st_size for file in folder.glob("blocks/*.safetensors"))
+        written.extend(file.stat().st_size for file in Path(folder).glob("blocks/*.safetensors"))
         rmtree(folder, **more)
 
     monkeypatch.setattr(command.shutil, "rmtree", measured)

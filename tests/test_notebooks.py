@@ -446,14 +446,20 @@ def test_reset_brings_back_a_deleted_notebook(clone):
     assert texts(clone) == original
 
 
-@pytest.mark.parametrize("step", ["rename", "replace"])
+@pytest.mark.parametrize("step", ["the copy", "the original"])
 def test_an_interrupted_reset_loses_nothing(clone, monkeypatch, step):
-    def interrupt(*_):
-        raise KeyboardInterrupt
+    replace, left = os.replace, ["the copy", "the original"].index(step)
+
+    def interrupt(*paths):
+        nonlocal left
+        if left == 0:
+            raise KeyboardInterrupt
+        left -= 1
+        replace(*paths)
 
     (clone / "notebooks" / "00_first.ipynb").write_text("mine\n")
     with monkeypatch.context() as patched:
-        patched.setattr(os, step, interrupt)
+        patched.setattr(os, "replace", interrupt)
         with pytest.raises(KeyboardInterrupt):
             notebooks.reset(clone)
     assert texts(clone)["00_first.ipynb"] == "mine\n"

@@ -118,7 +118,7 @@ def integer_grid(weight, method, bits, group_size) -> QuantizedTensor:
         return quantizer(weight, bits, group_size)
     except ValueError as error:
         said = str(error).replace(
-            "use scale_dtype=torch.float32",
+            "use scale_dtype=torch.float32, or method nf4 or fp4, whose scales are float32",
             "choose NF4 or FP4, whose scales are float32, or give the panel the weights times a "
             "power of two, which changes no code",
         )

@@ -30,6 +30,8 @@ from chapter13.whole_model.linear import QuantizedLinear
 from chapter13.whole_model.storage import load_quantized, save_quantized
 from chapter13.whole_model.walk import Walk
 
+_EARLIER = {"method": "of an earlier version"}
+
 Quantize = Callable[[Walk, int, Callable[[str, float], None]], dict[str, QuantizedTensor]]
 
 
@@ -89,7 +91,6 @@ def quantize_blocks(
     from tqdm.auto import tqdm
 
     check_all_reached(model)
-    label = ", ".join(f"{name} {value}" for name, value in settings.items())
     undo, tried = [], set()
     with evaluating(model), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -97,7 +98,7 @@ def quantize_blocks(
         folder = resume and _open_folder(Path(resume), walk, tokens, settings)
         layers = linear_layers(walk.blocks)
         try:
-            with tqdm(total=len(layers), desc=label, disable=not progress) as bar:
+            with tqdm(total=len(layers), desc=_label(settings), disable=not progress) as bar:
                 for index, block in enumerate(walk.blocks):
                     undo.append(_Undo(block))
                     file = folder and folder / f"block-{index:04}.safetensors"
@@ -182,8 +183,9 @@ def _open_folder(folder: Path, walk: Walk, tokens: torch.Tensor | None, settings
     if file.exists():
         there = json.loads(file.read_text(encoding="utf-8"))
         if there != run:
+            run = _label(there.get("settings", _EARLIER))
             raise ValueError(
-                f"{folder} holds the blocks of another run ({there.get('settings')}), with "
+                f"{folder} holds the blocks of another run ({run}), with "
                 "another model, calibration or options: name another folder, or delete that one"
             )
         return folder
@@ -193,3 +195,9 @@ def _open_folder(folder: Path, walk: Walk, tokens: torch.Tensor | None, settings
     with replacing(file) as part:
         part.write_text(json.dumps(run), encoding="utf-8")
     return folder
+
+
+def _label(settings: dict) -> str:
+    """ "gptq, bits 4, group_size 64": the method and its options in words."""
+    method, *options = settings.items()
+    return ", ".join([method[1], *(f"{name} {value}" for name, value in options)])
