@@ -8,7 +8,7 @@ folder around them.
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -76,7 +76,7 @@ def save_gptq(
     directory = Path(directory)
     _check_place(directory)
     layers = quantized_layers(model)
-    check_names(model)
+    names = file_names(model)
     settings = _settings(model, layers) | {"checkpoint_format": checkpoint_format}
 
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def save_gptq(
     ) as temporary:
         folder = Path(temporary) / "new"
         folder.mkdir()
-        _write_tensors(folder, _stored_tensors(model, layers, checkpoint_format))
+        _write_tensors(folder, _renamed(_stored_tensors(model, layers, checkpoint_format), names))
         _write_json(folder / "config.json", _model_config(model, settings))
         if checkpoint_format == "gptq":
             _write_json(folder / "quantize_config.json", settings)
@@ -98,19 +98,31 @@ def save_gptq(
         folder.rename(directory)
 
 
-def check_names(model: nn.Module) -> None:
-    """Raises ValueError if transformers renames or regroups weights between a file and the model.
+def file_names(model: nn.Module) -> dict[str, str]:
+    """Modules that have another name in the model's own files: name in the model -> in the file.
 
-    Other programs look for the names of the model's own files; under ours they would find nothing.
+    transformers renames some modules when it loads a model (GPT-NeoX' `embed_out` to `lm_head`);
+    other programs look for the names of the file. Raises ValueError if it regroups weights as well:
+    such a checkpoint cannot be written.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    names = {name: torch.empty(t.shape, device="meta") for name, t in model.state_dict().items()}
-    if odd := sorted(set(revert_weight_conversion(model, dict(names))) ^ set(names)):
-        raise ValueError(
-            f"{type(model).__name__}: files of this model and transformers name the same weights "
-            f"differently, first {odd[0]}: a GPTQ checkpoint of it cannot be written"
-        )
+    layers = quantized_layers(model)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    shapes |= {f"{name}.weight": layer.quantized.shape for name, layer in layers.items()}
+    ours = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    files = revert_weight_conversion(model, dict(ours))
+    name_of = {id(tensor): name for name, tensor in files.items()}
+    for name, tensor in ours.items():
+        if id(tensor) not in name_of:
+            raise ValueError(
+                f"{type(model).__name__} holds {name} in another form than the model's own files: "
+                "a GPTQ checkpoint of it cannot be written"
+            )
+    owners = {
+        name.rpartition(".")[0]: name_of[id(t)].rpartition(".")[0] for name, t in ours.items()
+    }
+    return {name: other for name, other in owners.items() if name != other}
 
 
 def _stored_tensors(
@@ -140,6 +152,15 @@ def _stored_tensors(
         elif checkpoint_format == "gptq":
             # AutoGPTQ's loader ties what it did not find to memory that nothing was read into
             yield key, tensor.clone()
+
+
+def _renamed(
+    tensors: Iterable[tuple[str, torch.Tensor]], owners: dict[str, str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors, with other names for the modules that own them."""
+    for key, tensor in tensors:
+        owner, _, part = key.rpartition(".")
+        yield (f"{owners[owner]}.{part}" if owner in owners else key), tensor
 
 
 def _write_tensors(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
@@ -195,6 +216,8 @@ def load_gptq(directory: Path | str, model: nn.Module | None = None) -> nn.Modul
     settings = _read_settings(directory)
     tensors = _read_tensors(directory)
     built = skeleton(directory) if model is None else model
+    names = {file: name for name, file in file_names(built).items()}
+    tensors = dict(_renamed(tensors.items(), names))
     layers = _read_layers(built, tensors, settings)
     rest = _read_rest(built, tensors, layers)
 
