@@ -2,11 +2,14 @@
 
 import errno
 import json
+import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from test_outliers import tiny_gpt2
 from test_static import TOKENS, tiny_llama
 
 from chapter13 import __main__ as command
-from chapter13 import corpus, models, quantize_model, results
+from chapter13 import corpus, folders, models, quantize_model, results
 from chapter13.fetch.download import CHECKOUT
 from chapter13.whole_model import blockwise
 from chapter13.whole_model.linear import QuantizedLinear
@@ -171,6 +174,8 @@ NEVER = [  # (what is wrong, words of the message); told before the model is loo
     (["--method", "nf4", "--bits", "3"], "nf4 is a table of 16 values"),
     (["--method", "nf4", "--group-size", "channel"], "give --group-size a number"),
     (["--method", "absmax", "--group-size", "0"], 'a positive number or "channel"'),
+    (["--method", "absmax", "--group-size", "-1"], '"channel", which is -1 in other programs'),
+    (["--method", "absmax", "--group-size=-1"], '"channel", which is -1 in other programs'),
     (["--method", "absmax", "--double-quant"], "--double-quant belongs to nf4, fp4, not to absmax"),
     (["--method", "nf4", "--no-act-order"], "--no-act-order belongs to gptq, not to nf4"),
     (["--method", "fp4", "--format", "gptq"], "--format belongs to"),
@@ -251,6 +256,218 @@ def test_out_must_be_new_and_the_model_not_quantized(llama, tmp_path, capsys):
     assert file.read_text() == "mine"
     assert content(out) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out"]
+
+
+def test_odd_places_for_out(llama, tmp_path, monkeypatch, capsys):
+    """An empty folder is filled, not replaced; the result is the same everywhere."""
+    assert quantize(llama, tmp_path / "new", "nf4") == 0
+    expected = content(tmp_path / "new")
+    here = tmp_path / "a b"
+    here.mkdir()
+    places = [here / "inner" / ".." / "deep" / "er", shutil.copytree(llama, tmp_path / "m") / "out"]
+    if sys.platform != "win32":
+        (tmp_path / "disk").mkdir()
+        (tmp_path / "link").symlink_to(tmp_path / "disk")
+        places.append(tmp_path / "link")
+    for out in places:
+        model = out.parent if out.parent.name == "m" else llama
+        assert quantize(model, out, "nf4") == 0
+        assert content(Path(os.path.realpath(out))) == expected
+    assert [path.name for path in here.iterdir()] == ["deep"]
+    shutil.rmtree(here / "deep")
+    monkeypatch.chdir(here)
+    before = here.stat()
+    capsys.readouterr()
+    assert quantize(llama, ".", "nf4") == 0
+    assert content(here) == expected
+    assert here.stat().st_ino == before.st_ino
+    assert quantize(llama, here, "nf4") == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_names_of_out_that_no_file_can_have(llama, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for out, words in ("", "not an empty name"), ("a\udcff", "is not UTF-8, which the files"):
+        with pytest.raises(SystemExit) as ended:
+            run("quantize", llama, out, "--method", "absmax")
+        assert ended.value.code == 2
+        assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_ones_own_that_is_named_like_a_runs(llama, tmp_path, capsys):
+    mine = tmp_path / "out.unfinished" / "mine"
+    for name in mine, mine.parent / "blocks" / "mine":
+        name.parent.mkdir(parents=True)
+        name.touch()
+        line = refused(capsys, "quantize", llama, tmp_path / "out", "--method", "nf4")
+        assert "mine, which `quantize` did not write: move it elsewhere" in line
+        assert name.exists()
+        shutil.rmtree(mine.parent)
+
+
+@pytest.mark.parametrize("method", ["absmax", "nf4"])
+def test_what_describes_other_files_is_not_copied(llama, method, tmp_path):
+    model = shutil.copytree(llama, tmp_path / "model")
+    extra = {
+        "config.json": {
+            "transformers_weights": "model.safetensors.index.json",
+            "auto_map": {"AutoModelForCausalLM": "modeling_own.Own"},
+        },
+        "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["own.Own", None]}},
+    }
+    for name, settings in extra.items():
+        there = json.loads((model / name).read_text(encoding="utf-8"))
+        (model / name).write_text(json.dumps(there | settings), encoding="utf-8")
+    assert quantize(model, tmp_path / "out", method) == 0
+    for name in extra:
+        written = json.loads((tmp_path / "out" / name).read_text(encoding="utf-8"))
+        assert not {"auto_map", "transformers_weights", "local_files_only"} & {*written}
+        assert {"model_type", "tokenizer_class"} & {*written}
+
+
+def test_a_mount_point(llama, tmp_path):
+    out = tmp_path / "volume"
+    out.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "none", out], capture_output=True).returncode:
+        pytest.skip("only root may mount")
+    try:
+        assert quantize(llama, out, "absmax") == 0
+        assert folders.kind(out) == "gptq"
+        assert not (out / ".unfinished").exists()
+    finally:
+        subprocess.run(["umount", out], check=True)
+
+
+def test_killed_while_the_files_are_moved_into_a_folder(llama, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert quantize(llama, tmp_path / "whole", "absmax") == 0
+    out.mkdir()
+    rename = Path.rename
+
+    def killed(self, target):
+        if self.name == "config.json" and out in self.parents and self.parent.name == "result":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        assert quantize(llama, out, "absmax") == 130
+    assert "same command goes on" in capsys.readouterr().err
+    assert (out / "model.safetensors").exists()
+    assert "did not finish" in refused(capsys, "evaluate", out)
+    assert quantize(llama, out, "absmax") == 0
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_places_that_out_cannot_have(llama, tmp_path, capsys, monkeypatch):
+    for function in "load", "skeleton":
+        monkeypatch.setattr(models, function, lambda *_, **__: pytest.fail("work was begun"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.iterdir())
+    for out, words in [
+        (llama, "is the model's own folder"),
+        (llama / ".." / llama.name, "is the model's own folder"),
+        (models.EMBEDDED, "is the name of a model"),
+        ("..", "is not empty"),
+        (Path(tmp_path.anchor), "is not empty"),
+        ("file", "file exists and is not empty"),
+        ("file/out", "file is a file, so file"),
+        ("y" * 300, "too long"),
+        ("x" * 250, "too long"),
+        ("new/" + "x" * 250, "too long"),
+    ]:
+        line = refused(capsys, "quantize", llama, out, "--method", "absmax")
+        assert words in line, out
+        assert "ther " in line  # another folder, other OUT
+    assert sorted(tmp_path.iterdir()) == before
+    if sys.platform != "win32":
+        (tmp_path / "link").symlink_to("nothing")
+        line = refused(capsys, "quantize", llama, "link", "--method", "absmax")
+        assert "link is a link to nothing, which does not exist: make that folder" in line
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [("absmax", []), ("affine", ["--bits", "3"]), ("nf4", ["--double-quant"]), ("fp4", [])],
+)
+def test_a_disk_that_is_too_small(model, method, more, tmp_path, capsys, monkeypatch):
+    """What it asks for is what the files have, but for zero points, headers and the tokenizer."""
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=1000))
+        patch.setattr(models, "load", lambda *_, **__: pytest.fail("work was begun"))
+        start = "quantize", model, tmp_path / "out", "--group-size", "32", "--method", method
+        line = refused(capsys, *start, *more)
+        assert not list(tmp_path.iterdir())
+    words = r"No space left for \S+out: .* need about ([\d.]+) MB, 0.0 MB are free"
+    needed = 1e6 * float(re.search(words, line)[1])
+
+    written, rmtree = [], shutil.rmtree
+
+    def measured(folder, **more):
+        written.extend(file.stat().st_size for file in Path(folder).glob("blocks/*.safetensors"))
+        rmtree(folder, **more)
+
+    monkeypatch.setattr(command.shutil, "rmtree", measured)
+    assert run(*start, *more) == 0
+    written.extend(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    assert 0.6 * sum(written) < needed < sum(written) + 5e4  # the message rounds to 0.1 MB
+
+
+def test_room_for_what_is_not_finished_yet(llama, tmp_path, monkeypatch):
+    """A run that goes on needs no more room for the blocks that it has."""
+    args = command._parser().parse_args(
+        ["quantize", str(llama), "out", "--method", "absmax", "--group-size", "32"]
+    )
+    hollow = models.skeleton(llama)
+    free = 0
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 0, free)
+    )
+
+    def needed():
+        nonlocal free
+        low, high = 0, 10**7
+        while low < high:
+            free = (low + high) // 2
+            try:
+                command._check_room(hollow, args, tmp_path)
+                high = free
+            except OSError:
+                low = free + 1
+        return low
+
+    before = needed()
+    (tmp_path / "blocks").mkdir()
+    (tmp_path / "blocks" / "block-0000.safetensors").write_bytes(bytes(5000))
+    assert needed() == before - 5000
+    args.format = "gptq_v2"
+    tied = hollow.get_output_embeddings().weight is hollow.get_input_embeddings().weight
+    assert (needed() < before - 5000) == tied
+
+
+def test_evaluate_says_at_once_what_it_cannot_open(llama, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("weights were read"))
+    line = refused(capsys, "evaluate", llama, "--reference", tmp_path / "nothing")
+    assert "there is no folder" in line
+    folder = shutil.copytree(llama, tmp_path / "awq")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq"}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for arguments in ["evaluate", folder], ["quantize", folder, tmp_path / "o", "--method", "nf4"]:
+        assert "is quantized already, by awq" in refused(capsys, *arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["awq"]
+
+
+def test_the_command_that_it_names_can_be_given(llama, tmp_path, capsys):
+    out = tmp_path / "it's new"
+    assert quantize(llama, out, "fp4") == 0
+    line = capsys.readouterr().err.rpartition("python -m chapter13 ")[2]
+    args = command._parser().parse_args(shlex.split(line))
+    assert (args.model, args.reference) == (str(out), str(llama))
 
 
 def test_no_network(tmp_path, capsys, monkeypatch):
