@@ -70,8 +70,6 @@ def main(arguments: list[str] | None = None) -> int:
 def quantize_command(args: argparse.Namespace) -> None:
     """Writes the quantized model to `args.out`, or raises and leaves what is finished beside it."""
     _check_out(args)
-    if ".." in args.out.parts:  # what comes before may not exist, and a link leads elsewhere
-        args.out = Path(os.path.realpath(args.out))
     text = args.calibration_file and corpus.read_text(args.calibration_file)
     with _unfinished(args.out) as folder:
         skeleton = _check_model(args)
@@ -84,6 +82,7 @@ def quantize_command(args: argparse.Namespace) -> None:
             folders.save_own(model, tokenizer, result)
         else:
             checkpoint.save_gptq(model, result, tokenizer, _format(args))
+            folders.forget_other_files(result)
         folders.move_in(result, args.out, but=[folder.name])
     size = sum(file.stat().st_size for file in args.out.iterdir() if file.is_file())
     command = shlex.join(["evaluate", str(args.out), "--reference", args.model])
@@ -135,10 +134,10 @@ _open = folders.open_model
 
 def _check_out(args: argparse.Namespace) -> None:
     """Raises ValueError if OUT is the model that is to be quantized, or named like it."""
+    if all(map(os.path.isdir, (args.out, args.model))) and args.out.samefile(args.model):
+        raise ValueError(f"{args.out} is the model's own folder: name another folder")
     if args.out in (Path(args.model), Path(models.EMBEDDED)):
         raise ValueError(f"{args.out} is the name of a model: name another folder for the new one")
-    if args.out.is_dir() and Path(args.model).is_dir() and args.out.samefile(args.model):
-        raise ValueError(f"{args.out} is the model's own folder: name another folder")
 
 
 def _check_model(args: argparse.Namespace) -> torch.nn.Module:
@@ -248,6 +247,20 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _out(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("a folder is needed, not an empty name")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a name in another encoding, as the system handed it over
+        raise argparse.ArgumentTypeError(
+            f"{ascii(text)} is not UTF-8, which the files' names must be: name another folder"
+        ) from None
+    path = Path(text)
+    # a folder on the way to ".." need not exist
+    return Path(os.path.realpath(path)) if ".." in path.parts else path
+
+
 def _size(text: str) -> int | str:
     if text == "channel":
         return text
@@ -297,7 +310,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     quantize.set_defaults(run=quantize_command)
     quantize.add_argument("model", metavar="MODEL", help="name, hub id or folder")
-    quantize.add_argument("out", metavar="OUT", type=Path, help="a folder, new or empty")
+    quantize.add_argument("out", metavar="OUT", type=_out, help="a folder, new or empty")
     add = quantize.add_argument
     add("--method", required=True, choices=(*LEARNED, *ROUNDING))
     add("--bits", type=_positive, default=4, help="2, 3, 4 or 8 (default: 4)")

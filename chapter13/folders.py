@@ -4,9 +4,9 @@
 """
 
 import copy
-import errno
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from chapter13 import checkpoint, models
+from chapter13.atomic import replacing
 from chapter13.model_files import load_tokenizer
 from chapter13.whole_model import storage
 from chapter13.whole_model.layers import has_tied_head
@@ -23,6 +24,12 @@ OWN = "quantized.safetensors"  # the weights in a folder with NF4 or FP4
 UNFINISHED = ".unfinished"  # a run's folder inside OUT; ends the name of one beside it
 _MOVED = "moved.json"  # in a run's folder: the names of the files that go into OUT
 _LONGEST = 80  # characters that are added to the path of a run's folder, and some to spare
+_OF_OTHER_FILES = (  # keys that describe files of the old folder, or how it was opened
+    "auto_map",
+    "transformers_weights",
+    "local_files_only",
+    "is_local",
+)
 _FETCHED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
@@ -38,14 +45,14 @@ def kind(name: str | Path) -> str:
     `config.json` is fetched.
 
     Raises FileNotFoundError if there is no such folder, no `config.json` in it or no weights;
-    ValueError if `config.json` is damaged, if another program quantized the model (the message
-    names it), or if the folder holds only an adapter, only GGUF files, or only pickled weights; and
-    as `models.load` for an id.
+    ValueError if the name is neither a folder nor an id, if `config.json` is damaged, if another
+    program quantized the model (the message names it), or if the folder holds only an adapter, only
+    GGUF files, or only pickled weights; and as `models.load` for an id.
     """
     folder = Path(name)
     if str(name) == models.EMBEDDED:
         return "plain"
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         _check_id(str(name))
         return "gptq" if _quantizer(name, _fetch_config(name)) else "plain"
     if not (folder / "config.json").is_file():
@@ -107,7 +114,23 @@ def save_own(model, tokenizer, folder: Path | str) -> None:
         if model.generation_config is not None:
             model.generation_config.save_pretrained(made)
         tokenizer.save_pretrained(made)
+        forget_other_files(made)
         move_in(made, folder, but=[Path(temporary).name])
+
+
+def forget_other_files(folder: Path) -> None:
+    """Removes what the settings of a new model say about files that are only in the old folder.
+
+    `transformers_weights` names a weights file, and no program finds the new one beside it;
+    `auto_map` names Python files, which are not copied (nor run here).
+    """
+    for name in "config.json", "tokenizer_config.json":
+        file = folder / name
+        settings = _json(file) if file.is_file() else {}
+        kept = {key: value for key, value in settings.items() if key not in _OF_OTHER_FILES}
+        if kept != settings:
+            text = json.dumps(kept, indent=2, ensure_ascii=False)
+            file.write_text(f"{text}\n", encoding="utf-8")
 
 
 def check_new(folder: Path, but: Iterable[str] = ()) -> None:
@@ -119,7 +142,7 @@ def check_new(folder: Path, but: Iterable[str] = ()) -> None:
     if not os.path.lexists(folder):
         there = next((parent for parent in folder.parents if os.path.lexists(parent)), None)
         if there is not None and not os.path.isdir(there):
-            what = "a link to nothing" if there.is_symlink() else "a file"
+            what = "a file" if os.path.exists(there) else "a link to nothing"
             raise NotADirectoryError(
                 f"{there} is {what}, so {folder} cannot be a folder in it: name another folder"
             )
@@ -139,26 +162,30 @@ def run_folder(out: Path) -> Path:
     and the files are moved in the end: neither a mount point nor the directory that a shell is in
     can be replaced, and OUT may be a link to another disk. Raises OSError as `check_new`.
     """
-    if ".." in out.parts:
-        out = Path(os.path.realpath(out))
     inside = out / UNFINISHED
     beside = out.with_name(f"{out.name}{UNFINISHED}") if out.name else inside  # "." has no name
-    check_new(out, [UNFINISHED, *_half_moved(inside), *_half_moved(beside)])
+    check_new(out, [UNFINISHED, *_half_moved(inside, out), *_half_moved(beside, out)])
     if not os.path.lexists(out):
         return beside
-    earlier = beside.is_dir() and beside.stat().st_dev == out.stat().st_dev
+    earlier = os.path.isdir(beside) and beside.stat().st_dev == out.stat().st_dev
     return beside if earlier else inside  # beside: OUT was made by hand after a run began
 
 
 def make_run_folder(folder: Path) -> list[Path]:
     """Makes a run's folder and its parents; returns those that are new, the innermost first.
 
-    Raises OSError if it cannot be written to, or if its path leaves no room for the files' names.
+    Raises OSError if it cannot be written to, if its path leaves no room for the files' names, or
+    if it holds anything that no run wrote: the folder is deleted in the end.
     """
+    if strange := _strange(folder):
+        raise FileExistsError(
+            f"{folder}, where unfinished work is kept, holds {strange[0]}, which `quantize` did "
+            "not write: move it elsewhere, or name another OUT"
+        )
     new = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="x" * (_LONGEST - 8), dir=folder):
+        with tempfile.TemporaryDirectory(prefix="." * (_LONGEST - 8), dir=folder):
             pass
     except OSError as error:
         remove_empty(new)
@@ -178,8 +205,9 @@ def remove_empty(folders: Iterable[Path]) -> None:
 
 def clear_half_moved(folder: Path, out: Path) -> None:
     """Removes from OUT the files of a run that was killed while it moved them there."""
-    for name in _half_moved(folder):
-        (out / name).unlink(missing_ok=True)
+    for name in _half_moved(folder, out):
+        path = out / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     (folder / _MOVED).unlink(missing_ok=True)
 
 
@@ -193,21 +221,29 @@ def move_in(made: Path, out: Path, but: Iterable[str] = ()) -> None:
         made.rename(out)
         return
     names = sorted(os.listdir(made), key=lambda name: (name == "config.json", name))
-    (made.parent / _MOVED).write_text(json.dumps(names), encoding="utf-8")
+    with replacing(made.parent / _MOVED) as part:
+        part.write_text(json.dumps(names), encoding="utf-8")
     for name in names:
         (made / name).rename(out / name)
 
 
-def _half_moved(folder: Path) -> list[str]:
+def _half_moved(folder: Path, out: Path) -> list[str]:
+    """The names of files that may be in OUT already, unless all are there."""
     file = folder / _MOVED
-    try:
-        file.stat()
-    except FileNotFoundError:
+    if not os.path.isfile(file) or os.path.lexists(out / "config.json"):
         return []
-    except OSError as error:  # the name is too long, or a part of the path is a file
-        if error.errno == errno.ENAMETOOLONG:
-            raise OSError(f"{folder.parent}: the name is too long: name another OUT") from error
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _strange(folder: Path) -> list[str]:
+    """What is in a run's folder that no run wrote; hidden files are half written ones."""
+    if not os.path.isdir(folder):
+        return []
+    names = {*os.listdir(folder)} - {"blocks", "result", _MOVED}
+    blocks = folder / "blocks"
+    if blocks.is_dir() and not (blocks / "run.json").is_file():
+        names |= {f"blocks/{name}" for name in os.listdir(blocks) if not name.startswith(".")}
+    return sorted(name for name in names if not name.startswith("."))
 
 
 def _check_id(name: str) -> None:
@@ -215,9 +251,23 @@ def _check_id(name: str) -> None:
     if os.path.isfile(name):
         hint = _GGUF if name.endswith(".gguf") else "name the folder that it is in"
         raise ValueError(f"{name} is a file, not a folder with a model: {hint}")
+    if os.path.isdir(f"{name.rstrip('/' + os.sep)}{UNFINISHED}"):
+        raise FileNotFoundError(
+            f"there is no folder {name} yet, because `quantize` did not finish; the same command "
+            "continues the run"
+        )
     path = name.startswith((".", "~")) or name.endswith(("/", os.sep)) or os.path.isabs(name)
     if path or len(Path(name).parts) > 2 or os.path.islink(name):
         raise FileNotFoundError(f"there is no folder {name}")
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise ValueError(
+            f"{name!r} is neither a folder nor the id of a model on the Hugging Face hub, such as "
+            "gpt2 or owner/model"
+        ) from None
 
 
 _GGUF = "GGUF is not read here; name the model in safetensors that the file was made from"

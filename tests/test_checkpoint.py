@@ -540,9 +540,19 @@ def test_a_missing_or_wrong_bias(tmp_path):
     ):
         rewrite(tmp_path / "out", change)
         with pytest.raises(ValueError, match=message):
-            load_gptq(tmp_path / "out")
+            load_gptq(tmp_path / "out", tiny_gpt2())
         save_file(whole, tmp_path / "out" / "model.safetensors", {"format": "pt"})
     load_gptq(tmp_path / "out")
+
+
+def test_a_head_of_its_own_is_not_lost_to_a_config_that_ties_it(tmp_path):
+    save_gptq(quantized(tiny_gpt2), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
+    rewrite(tmp_path / "out", put("lm_head.weight", 5))
+    model = load_gptq(tmp_path / "out")
+    head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    assert head.view(-1)[0] == 5
+    assert torch.equal(head.view(-1)[1:], embeddings.view(-1)[1:])
 
 
 def test_truncated_files_and_other_folders(saved, tmp_path):

@@ -169,6 +169,12 @@ def test_paths_that_are_no_folder(tmp_path, monkeypatch):
         folders.kind(tmp_path / "model.gguf")
     with pytest.raises(ValueError, match="is a file.*name the folder"):
         folders.kind(tmp_path / "model.safetensors")
+    for name in "a b", "a//b", "x" * 300, "":
+        with pytest.raises((ValueError, FileNotFoundError), match="neither a folder nor|no model"):
+            folders.kind(name)
+    (tmp_path / "out.unfinished").mkdir()
+    with pytest.raises(FileNotFoundError, match="no folder .*out yet, because `quantize` did not"):
+        folders.kind(tmp_path / "out")
     for name in tmp_path / "nothing", "./nothing", "~/nothing", "nothing/", "a/b/c":
         with pytest.raises(FileNotFoundError, match="there is no folder"):
             folders.kind(name)
@@ -205,6 +211,8 @@ def made(folder):
     folder.mkdir()
     for name in "a", "config.json", "z":
         (folder / name).write_text(name)
+    (folder / "b").mkdir()  # a tokenizer with several chat templates has a folder of them
+    (folder / "b" / "c").touch()
     return folder
 
 
@@ -225,20 +233,42 @@ def test_a_folder_that_exists_gets_config_json_last(tmp_path, monkeypatch):
         patch.setattr(Path, "rename", killed)
         with pytest.raises(KeyboardInterrupt):
             folders.move_in(result, out, but=[".unfinished"])
-    assert sorted(os.listdir(out)) == [".unfinished", "a", "lost+found"]
+    assert sorted(os.listdir(out)) == [".unfinished", "a", "b", "lost+found"]
     assert folders.run_folder(out) == run  # which may go on there
     folders.clear_half_moved(run, out)
     assert sorted(os.listdir(out)) == [".unfinished", "lost+found"]
     shutil.rmtree(result)
     folders.move_in(made(result), out, but=[".unfinished"])
-    assert sorted(os.listdir(out)) == [".unfinished", "a", "config.json", "lost+found", "z"]
+    everything = [".unfinished", "a", "b", "config.json", "lost+found", "z"]
+    assert sorted(os.listdir(out)) == everything
     assert not os.listdir(result)
+    with pytest.raises(FileExistsError, match="not empty"):  # killed before it was cleared away
+        folders.run_folder(out)
+    folders.clear_half_moved(run, out)
+    assert sorted(os.listdir(out)) == everything
+
+
+def test_a_disk_that_is_full_at_the_end(tmp_path, monkeypatch):
+    """What says which files are moved is never half written: a later run has to read it."""
+    out = tmp_path / "out"
+    run = out / ".unfinished"
+    run.mkdir(parents=True)
+
+    def full(self, *_, **__):
+        self.touch()
+        raise OSError("No space left on device")
+
+    made(run / "result")
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        folders.move_in(run / "result", out, but=[".unfinished"])
+    assert os.listdir(run) == ["result"]
+    assert folders.run_folder(out) == run
 
 
 def test_where_a_run_keeps_its_work(tmp_path):
     out = tmp_path / "out"
     assert folders.run_folder(out) == tmp_path / "out.unfinished"
-    assert folders.run_folder(tmp_path / "x" / ".." / "out") == tmp_path / "out.unfinished"
     (tmp_path / "out.unfinished").mkdir()
     out.mkdir()  # by hand, after a run began
     assert folders.run_folder(out) == tmp_path / "out.unfinished"
@@ -260,6 +290,10 @@ def test_links(tmp_path):
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="nothing, which does not exist: make that folder"):
         folders.run_folder(tmp_path / "dangling")
+    (tmp_path / "file").touch()
+    (tmp_path / "to file").symlink_to(tmp_path / "file")
+    with pytest.raises(NotADirectoryError, match="to file is a file, so"):
+        folders.run_folder(tmp_path / "to file" / "out")
     with pytest.raises(NotADirectoryError, match="dangling is a link to nothing, so"):
         folders.run_folder(tmp_path / "dangling" / "out")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
@@ -271,6 +305,9 @@ def test_a_run_folder_that_cannot_be_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="cannot be written to: .*too long. Name another OUT"):
         folders.make_run_folder(long)
     assert not list(tmp_path.iterdir())
+    (tmp_path / ("y" * 250)).mkdir()  # beside it there is no room for a longer name
+    assert folders.run_folder(tmp_path / ("y" * 250)).name == ".unfinished"
+    (tmp_path / ("y" * 250)).rmdir()
     new = folders.make_run_folder(tmp_path / "a" / "b")
     assert new == [tmp_path / "a" / "b", tmp_path / "a"]
     assert not list((tmp_path / "a" / "b").iterdir())

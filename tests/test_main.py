@@ -259,7 +259,7 @@ def test_out_must_be_new_and_the_model_not_quantized(llama, tmp_path, capsys):
 
 
 def test_odd_places_for_out(llama, tmp_path, monkeypatch, capsys):
-    """An empty folder stays the same folder; the result is the same everywhere."""
+    """An empty folder is filled, not replaced; the result is the same everywhere."""
     assert quantize(llama, tmp_path / "new", "nf4") == 0
     expected = content(tmp_path / "new")
     here = tmp_path / "a b"
@@ -284,6 +284,47 @@ def test_odd_places_for_out(llama, tmp_path, monkeypatch, capsys):
     assert quantize(llama, here, "nf4") == 1
     assert "is not empty" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_names_of_out_that_no_file_can_have(llama, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for out, words in ("", "not an empty name"), ("a\udcff", "is not UTF-8, which the files"):
+        with pytest.raises(SystemExit) as ended:
+            run("quantize", llama, out, "--method", "absmax")
+        assert ended.value.code == 2
+        assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_ones_own_that_is_named_like_a_runs(llama, tmp_path, capsys):
+    mine = tmp_path / "out.unfinished" / "mine"
+    for name in mine, mine.parent / "blocks" / "mine":
+        name.parent.mkdir(parents=True)
+        name.touch()
+        line = refused(capsys, "quantize", llama, tmp_path / "out", "--method", "nf4")
+        assert "mine, which `quantize` did not write: move it elsewhere" in line
+        assert name.exists()
+        shutil.rmtree(mine.parent)
+
+
+@pytest.mark.parametrize("method", ["absmax", "nf4"])
+def test_what_describes_other_files_is_not_copied(llama, method, tmp_path):
+    model = shutil.copytree(llama, tmp_path / "model")
+    extra = {
+        "config.json": {
+            "transformers_weights": "model.safetensors.index.json",
+            "auto_map": {"AutoModelForCausalLM": "modeling_own.Own"},
+        },
+        "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["own.Own", None]}},
+    }
+    for name, settings in extra.items():
+        there = json.loads((model / name).read_text(encoding="utf-8"))
+        (model / name).write_text(json.dumps(there | settings), encoding="utf-8")
+    assert quantize(model, tmp_path / "out", method) == 0
+    for name in extra:
+        written = json.loads((tmp_path / "out" / name).read_text(encoding="utf-8"))
+        assert not {"auto_map", "transformers_weights", "local_files_only"} & {*written}
+        assert {"model_type", "tokenizer_class"} & {*written}
 
 
 def test_a_mount_point(llama, tmp_path):
@@ -327,13 +368,14 @@ def test_places_that_out_cannot_have(llama, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").touch()
     before = sorted(tmp_path.iterdir())
     for out, words in [
-        (llama, "is the name of a model"),
+        (llama, "is the model's own folder"),
         (llama / ".." / llama.name, "is the model's own folder"),
         (models.EMBEDDED, "is the name of a model"),
         ("..", "is not empty"),
         (Path(tmp_path.anchor), "is not empty"),
         ("file", "file exists and is not empty"),
         ("file/out", "file is a file, so file"),
+        ("y" * 300, "too long"),
         ("x" * 250, "too long"),
         ("new/" + "x" * 250, "too long"),
     ]:
