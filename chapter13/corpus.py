@@ -20,19 +20,19 @@ from chapter13.seeded import permutation
 SEED = 13
 
 
-def articles(lot: str) -> list[dict]:
-    """The Wikipedia articles of one lot: "evaluation", "validation" or "calibration".
+def articles(split: str) -> list[dict]:
+    """The Wikipedia articles of one split: "evaluation", "validation" or "calibration".
 
-    Each has "title", "text", "page" and "revision" (Wikipedia's numbers). The lots have no article
-    in common. An article's lot depends on its page number alone, so whatever else is added later,
+    Each has "title", "text", "page" and "revision" (Wikipedia's numbers). No article is in two
+    splits. An article's split depends on its page number alone, so whatever else is added later,
     evaluation stays what it is. Validation serves to choose between options; nothing may be tuned
     on evaluation.
 
-    Raises ValueError for another lot, FileNotFoundError when the texts were not fetched yet.
+    Raises ValueError for another split, FileNotFoundError when the texts were not fetched yet.
     """
-    if lot not in LOTS:
-        raise ValueError(f"there is no lot {lot!r}; choose from {', '.join(LOTS)}")
-    return [article for article in _read("wikipedia") if _lot(article["page"]) == lot]
+    if split not in SPLITS:
+        raise ValueError(f"there is no split {split!r}; choose from {', '.join(SPLITS)}")
+    return [article for article in _read("wikipedia") if _split_of(article["page"]) == split]
 
 
 def news() -> list[str]:
@@ -51,14 +51,14 @@ def evaluation_tokens(tokenizer, sequences: int, length: int) -> torch.Tensor:
     return encyclopedia_tokens(tokenizer, sequences, length, "evaluation")
 
 
-def encyclopedia_tokens(tokenizer, sequences: int, length: int, lot: str) -> torch.Tensor:
-    """Tokens of one lot of encyclopedia articles, drawn as `evaluation_tokens` draws them.
+def encyclopedia_tokens(tokenizer, sequences: int, length: int, split: str) -> torch.Tensor:
+    """Tokens of one split of encyclopedia articles, drawn as `evaluation_tokens` draws them.
 
     Lot "calibration" compares calibrating on such text with calibrating on news; "validation"
     serves to choose between options. Raises as `articles` and `evaluation_tokens`.
     """
-    texts = [article["text"] for article in articles(lot)]
-    return _draw(_encode(tokenizer, texts), sequences, length, lot)
+    texts = [article["text"] for article in articles(split)]
+    return _draw(_encode(tokenizer, texts), sequences, length, split)
 
 
 def calibration_tokens(tokenizer, sequences: int, length: int) -> torch.Tensor:
@@ -145,13 +145,13 @@ def check_tokens(model: nn.Module, tokens: torch.Tensor, what: str = "tokens") -
         raise ValueError(f"{what} reach {int(tokens.max())}, the model knows 0 to {vocabulary - 1}")
 
 
-LOTS = {"evaluation": 0.6, "validation": 0.8, "calibration": 1.0}  # upper ends of their shares
+SPLITS = {"evaluation": 0.6, "validation": 0.8, "calibration": 1.0}  # upper ends of their shares
 
 
-def _lot(page: int) -> str:
+def _split_of(page: int) -> str:
     digest = hashlib.sha256(f"{SEED}:{page}".encode()).digest()
     share = int.from_bytes(digest[:8], "big") / 2**64
-    return next(lot for lot, end in LOTS.items() if share < end)
+    return next(split for split, end in SPLITS.items() if share < end)
 
 
 def _read(name: str) -> list[dict]:

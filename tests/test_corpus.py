@@ -1,4 +1,4 @@
-"""The texts are clean, the lots apart, the tokens as asked for."""
+"""The texts are clean, the splits apart, the tokens as asked for."""
 
 import re
 from array import array
@@ -18,11 +18,13 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def encoded(tokenizer):
-    """Tokens of every article, four bytes each, a lot at a time: {lot: [bytes]}."""
-    texts = {lot: [article["text"] for article in corpus.articles(lot)] for lot in corpus.LOTS}
+    """Tokens of every article, four bytes each, a split at a time: {split: [bytes]}."""
+    texts = {
+        split: [article["text"] for article in corpus.articles(split)] for split in corpus.SPLITS
+    }
     return {
-        lot: [array("i", ids).tobytes() for ids in tokenizer(found, verbose=False)["input_ids"]]
-        for lot, found in texts.items()
+        split: [array("i", ids).tobytes() for ids in tokenizer(found, verbose=False)["input_ids"]]
+        for split, found in texts.items()
     }
 
 
@@ -61,7 +63,7 @@ def test_plain(markup, text):
 
 
 def test_no_markup_is_left():
-    texts = [a["text"] for lot in corpus.LOTS for a in corpus.articles(lot)]
+    texts = [a["text"] for split in corpus.SPLITS for a in corpus.articles(split)]
     assert len(texts) == 106
     markup = re.compile(
         r"\[\[|\]\]|\{\{|\}\}|\{\||\|\}|==|''|</?[a-z]+|&[a-z]+;|https?:|[\x00\x01]"
@@ -82,30 +84,30 @@ def test_headings_and_prose_of_one_article():
     assert "Conifer forest" not in text, "that is in a table"
 
 
-# --- lots -----------------------------------------------------------------------------------------
+# --- splits -----------------------------------------------------------------------------------------
 
 
 def test_lots_have_nothing_in_common():
-    pages = {lot: {a["page"] for a in corpus.articles(lot)} for lot in corpus.LOTS}
-    assert {lot: len(found) for lot, found in pages.items()} == {
+    pages = {split: {a["page"] for a in corpus.articles(split)} for split in corpus.SPLITS}
+    assert {split: len(found) for split, found in pages.items()} == {
         "evaluation": 55, "validation": 22, "calibration": 29
     }  # fmt: skip
     assert len(set.union(*pages.values())) == 106
     # Nor does a paragraph of one stand in another, or in the news.
     where = {}
-    for lot in corpus.LOTS:
-        for article in corpus.articles(lot):
+    for split in corpus.SPLITS:
+        for article in corpus.articles(split):
             for paragraph in article["text"].split("\n"):
                 if len(paragraph) > 200:
-                    where.setdefault(paragraph, set()).add(lot)
+                    where.setdefault(paragraph, set()).add(split)
     assert len(where) > 3000
-    assert all(len(lots) == 1 for lots in where.values())
+    assert all(len(splits) == 1 for splits in where.values())
     assert not set(corpus.news()) & set(where)
 
 
 def test_lots_stay_what_they_are():
     """Each result ever measured rests on this."""
-    titles = {a["title"]: lot for lot in corpus.LOTS for a in corpus.articles(lot)}
+    titles = {a["title"]: split for split in corpus.SPLITS for a in corpus.articles(split)}
     assert titles["Anarchism"] == titles["Albert Einstein"] == titles["Apollo 11"] == "evaluation"
     assert titles["Autism"] == titles["Algorithm"] == "validation"
     assert titles["Aristotle"] == titles["Apollo 8"] == "calibration"
@@ -151,26 +153,26 @@ def test_evaluation_sequences_lie_within_one_article_each(tokenizer, encoded, le
         hits = [(n, i) for n, a in enumerate(encoded["evaluation"]) for i in places(a, sequence)]
         assert len(hits) == 1
         found += hits
-        for lot in ("validation", "calibration"):
-            assert not any(places(article, sequence) for article in encoded[lot])
+        for split in ("validation", "calibration"):
+            assert not any(places(article, sequence) for article in encoded[split])
     taken = Counter((n, i + k) for n, i in found for k in range(length))
     assert max(taken.values()) == 1, "no overlap"
     assert len({n for n, _ in found}) > 15, "from many articles"
 
 
-@pytest.mark.parametrize("lot", corpus.LOTS)
-def test_encyclopedia_tokens_are_of_their_lot(tokenizer, encoded, lot):
-    tokens = corpus.encyclopedia_tokens(tokenizer, 12, 256, lot)
-    assert torch.equal(corpus.encyclopedia_tokens(tokenizer, 5, 256, lot), tokens[:5])
+@pytest.mark.parametrize("split", corpus.SPLITS)
+def test_encyclopedia_tokens_are_of_their_lot(tokenizer, encoded, split):
+    tokens = corpus.encyclopedia_tokens(tokenizer, 12, 256, split)
+    assert torch.equal(corpus.encyclopedia_tokens(tokenizer, 5, 256, split), tokens[:5])
     for sequence in tokens.tolist():
         found = [each for each in encoded if any(places(text, sequence) for text in encoded[each])]
-        assert found == [lot]
-    if lot == "evaluation":
+        assert found == [split]
+    if split == "evaluation":
         assert torch.equal(corpus.evaluation_tokens(tokenizer, 12, 256), tokens)
 
 
 def test_encyclopedia_tokens_of_no_lot(tokenizer):
-    with pytest.raises(ValueError, match="no lot 'news'"):
+    with pytest.raises(ValueError, match="no split 'news'"):
         corpus.encyclopedia_tokens(tokenizer, 1, 256, "news")
 
 
