@@ -84,7 +84,7 @@ def test_headings_and_prose_of_one_article():
     assert "Conifer forest" not in text, "that is in a table"
 
 
-# --- splits -----------------------------------------------------------------------------------------
+# --- splits --------------------------------------------------------------------------------------
 
 
 def test_lots_have_nothing_in_common():
