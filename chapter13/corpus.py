@@ -84,7 +84,7 @@ def text_tokens(tokenizer, text: str, sequences: int, length: int) -> torch.Tens
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file of your own, for `text_tokens`.
 
-    A byte order mark is left out, and lines that end in CRLF end in LF.
+    A byte order mark is left out, and lines that end in CRLF or CR end in LF.
 
     Raises FileNotFoundError, IsADirectoryError, and ValueError for an empty file and for bytes that
     are not UTF-8 text; the message says what they seem to be and how to convert them.
@@ -109,7 +109,7 @@ def read_text(path: str | Path) -> str:
         ) from error
     if not text.strip():
         raise ValueError(f"{path} is empty: name a file with some text")
-    return text.replace("\r\n", "\n")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _wide_encoding(data: bytes) -> str | None:

@@ -5,14 +5,21 @@ model of random numbers.
 """
 
 import json
+import logging
+import warnings
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import nn
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LFS = b"version https://git-lfs"  # how a Git LFS pointer starts
 TOKENIZERS = "tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
+AGAIN = "Fetch config.json and the weights again, from one place"
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names data types
+QUANTIZED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax", ".SCB")
 
 
 def check_files(folder: str | Path) -> None:
@@ -39,7 +46,7 @@ def _stored(folder: Path) -> dict[str, Path]:
                 places |= dict.fromkeys(opened.keys(), file)
         except SafetensorError as error:
             raise ValueError(
-                f"{file} is cut off or corrupt ({_short(error, 80)}): fetch it again"
+                f"{file} is cut off or corrupt ({in_one_line(error, 80)}): fetch it again"
             ) from error
     return places
 
@@ -72,21 +79,120 @@ def check_pointer(file: Path) -> None:
             )
 
 
-def check_complete(source: str, info: dict) -> None:
+def load_weights(source: str, config, dtype: torch.dtype | str, safe: dict) -> nn.Module:
+    """The model that `config` describes, all of its weights from the checkpoint.
+
+    `dtype`, `safe`: for transformers' `from_pretrained`. Raises ValueError for quantized weights
+    and unless each parameter has its tensor, of its shape. Warns of tensors that are not used.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    if Path(source).is_dir():
+        _refuse_quantized(Path(source))
+    try:
+        with _without_report():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, with the name of the tensor
+                **safe,
+            )
+    except SafetensorError as error:  # in the hub's cache: a folder was checked before
+        raise ValueError(
+            f"the copy of {source} in the Hugging Face cache is cut off or corrupt "
+            f"({in_one_line(error, 80)}): delete it there and load the model again"
+        ) from error
+    except RuntimeError as error:
+        if "conversion of the weights" not in str(error):
+            raise
+        raise ValueError(
+            f"{source} lacks tensors that transformers puts together into one, such as those of "
+            f"the experts. {AGAIN}"
+        ) from error
+    _check_complete(source, model, info)
+    _check_unused(source, model, sorted(info["unexpected_keys"]))
+    return model
+
+
+def _refuse_quantized(folder: Path) -> None:
+    """Raises ValueError for weights whose scales transformers would leave out."""
+    from safetensors import safe_open
+
+    for path in _weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                dtype = file.get_slice(name).get_dtype()
+                if name.endswith(".qweight"):
+                    raise ValueError(quantized_already(str(folder), f"it has {name}"))
+                if name.endswith(QUANTIZED) or (name.endswith("weight") and dtype not in FLOATS):
+                    raise ValueError(
+                        f"{folder} is quantized (it has {name} in {dtype}), but its config.json "
+                        "does not say how: name the model that it came from"
+                    )
+
+
+def _check_complete(source: str, model: nn.Module, info: dict) -> None:
     """Raises ValueError where transformers filled in random numbers; `info`: its loading info."""
-    if packed := sorted(key for key in info["unexpected_keys"] if key.endswith(".qweight")):
+    if packed := sorted(key for key in info["unexpected_keys"] if key.endswith(QUANTIZED)):
         raise ValueError(quantized_already(source, f"it has {packed[0]}"))
     if shapes := sorted(info["mismatched_keys"]):
         name, stored, expected = shapes[0]
         raise ValueError(
             f"{source}: {name} has shape {tuple(stored)}, config.json asks for {tuple(expected)} "
-            f"({len(shapes)} such tensors). Fetch config.json and the weights again, from one place"
+            f"({len(shapes)} such tensors). {AGAIN}"
         )
     if missing := sorted(info["missing_keys"]):
+        only_the_head = set(missing) <= set(getattr(model, "_tied_weights_keys", None) or ())
+        tied = 'if its head is tied to the embeddings, set "tie_word_embeddings": true there'
         raise ValueError(
             f"{source} lacks {len(missing)} tensors that its config.json asks for, first "
-            f"{missing[0]}. Fetch config.json and the weights again, from one place"
+            f"{missing[0]}. {AGAIN}{f'; {tied}' if only_the_head else ''}"
         )
+
+
+def _check_unused(source: str, model: nn.Module, unused: list[str]) -> None:
+    """Raises ValueError for parameters that layers were made without; warns of other tensors."""
+    owned = {name: _owner(model, name) for name in unused}
+    for name, (owner, leaf) in owned.items():
+        if owner is not None and owner._parameters.get(leaf, leaf) is None:
+            raise ValueError(
+                f"{source} has {name}, but config.json describes layers without {leaf}. {AGAIN}"
+            )
+    # what a model computes itself, such as GPT-2's causal mask, older programs stored
+    rest = [name for name, (owner, leaf) in owned.items() if not (owner and leaf in owner._buffers)]
+    if rest:
+        warnings.warn(
+            f"{source} has {len(rest)} tensors that a {type(model).__name__} with its config.json "
+            f"does not use, first {rest[0]}",
+            stacklevel=4,
+        )
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module | None, str]:
+    """The module that a checkpoint's tensor would belong to, and the tensor's name there."""
+    path, _, leaf = name.rpartition(".")
+    for prefix in "", f"{model.base_model_prefix}.":
+        try:
+            return model.get_submodule(prefix + path), leaf
+        except AttributeError:
+            pass
+    return None, leaf
+
+
+@contextmanager
+def _without_report():
+    """Silences transformers' table of missing tensors, of which `_check_complete` tells."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def quantized_already(source: str, why: str) -> str:
@@ -123,7 +229,7 @@ def load_config(source: str, safe: dict):
                 f"{source}: transformers {version} does not know the model_type {named}; a newer "
                 "one may: pip install --upgrade transformers"
             ) from error
-        raise ValueError(f"{source}: config.json is refused: {_short(error)}") from error
+        raise ValueError(f"{source}: config.json is refused: {in_one_line(error)}") from error
     made = _causal_class(source, config)
     if folder and getattr(config, "tie_word_embeddings", False) and _own_head(made, stored):
         config.tie_word_embeddings = False
@@ -139,7 +245,9 @@ def _check_config_file(folder: Path) -> str:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({_short(error, 80)}): fetch it again") from error
+        raise ValueError(
+            f"{file} is not JSON ({in_one_line(error, 80)}): fetch it again"
+        ) from error
     if not isinstance(config, dict) or not config.get("model_type"):
         raise ValueError(f"{file} has no model_type, so it does not say which model this is")
     return config["model_type"]
@@ -147,9 +255,10 @@ def _check_config_file(folder: Path) -> str:
 
 def _causal_class(source: str, config) -> type:
     """The model class; raises ValueError unless it is a decoder-only causal language model."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     mapping = AutoModelForCausalLM._model_mapping
+    masked = type(config) in AutoModelForMaskedLM._model_mapping
     named = (getattr(config, "architectures", None) or [""])[0]
     if getattr(config, "is_encoder_decoder", False):
         what = "an encoder-decoder"
@@ -157,6 +266,8 @@ def _causal_class(source: str, config) -> type:
         what = "a vision-language model"
     elif type(config) not in mapping or config.get_text_config() is not config:
         what = "another architecture"
+    elif masked and not getattr(config, "is_decoder", True):
+        what = "an encoder"
     elif "For" in named and "ForCausalLM" not in named:
         what = f"a {named}"
     else:
@@ -191,10 +302,15 @@ def _tensor(file: Path, name: str) -> torch.Tensor:
 
 def load_tokenizer(source: str, safe: dict):
     """A model's tokenizer. Raises FileNotFoundError if there is none, ImportError with the package
-    to install if it needs one, ValueError if it is damaged or comes with code of its own.
+    to install if it needs one, ValueError if it is damaged, has a Git LFS pointer in the place of a
+    file, or comes with code of its own.
     """
     from transformers import AutoTokenizer
 
+    if Path(source).is_dir():
+        for file in sorted(Path(source).iterdir()):
+            if file.suffix in (".json", ".model", ".txt") and file.is_file():
+                check_pointer(file)
     try:
         return AutoTokenizer.from_pretrained(source, **safe)
     except Exception as error:  # the tokenizers library raises bare ones
@@ -209,7 +325,7 @@ def load_tokenizer(source: str, safe: dict):
             raise ImportError(
                 f"the tokenizer of {source} needs a package: pip install {' '.join(packages)}"
             ) from error
-        raise ValueError(f"the tokenizer of {source} is refused: {_short(error)}") from error
+        raise ValueError(f"the tokenizer of {source} is refused: {in_one_line(error)}") from error
 
 
 def _holds_tokenizer(folder: Path) -> bool:
@@ -258,7 +374,7 @@ def _own_code(source: str, file: str) -> str:
     )
 
 
-def _short(error: Exception, limit: int = 150) -> str:
+def in_one_line(error: Exception, limit: int = 150) -> str:
     """An error in one line."""
     text = " ".join(str(error).split())
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -11,7 +11,13 @@ import torch
 from torch import nn
 
 from chapter13.fetch.download import GGUF, require
-from chapter13.model_files import check_complete, load_config, load_tokenizer, quantized_already
+from chapter13.model_files import (
+    in_one_line,
+    load_config,
+    load_tokenizer,
+    load_weights,
+    quantized_already,
+)
 from chapter13.quiet import silence_torchao
 
 EMBEDDED = "smollm2-135m"
@@ -37,27 +43,17 @@ def load(name: str = EMBEDDED, device: str | torch.device | None = None, mapped:
     hub is out of reach and has not been asked for this model before, OSError (by transformers) when
     there is no such model or it has no safetensors file, ImportError when the tokenizer needs a
     package that is not installed, and ValueError as `find_device` and `check_files`, for a model
-    that is not a decoder-only language model, is quantized or comes with code of its own, and for
-    a checkpoint that lacks tensors or has one in another shape.
+    that is not a decoder-only language model, is quantized or comes with code of its own, for a
+    checkpoint that lacks tensors or has one in another shape, and for a name that is no folder and
+    that no model on the hub can have. Warns of tensors that the model does not use.
     """
     device = find_device(device)
     with _found(name) as (source, safe):
-        from transformers import AutoModelForCausalLM
-
         config = load_config(source, safe)
         if getattr(config, "quantization_config", None):
             raise ValueError(quantized_already(source, "config.json has a quantization_config"))
         tokenizer = load_tokenizer(source, safe)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=config,
-            dtype="auto" if mapped else torch.float32,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, with the name of the tensor
-            **safe,
-        )
-        check_complete(source, info)
+        model = load_weights(source, config, "auto" if mapped else torch.float32, safe)
     model = model.to(device).eval()
     return compute_in_float32(model) if mapped else model, tokenizer
 
@@ -149,6 +145,8 @@ def _found(name: str | Path):
     """(what transformers is to load, how) for a model's name; its errors in our words."""
     if name == EMBEDDED:
         source, local = str(require(EMBEDDED)), True
+    elif Path(name).is_file():
+        raise ValueError(f"{name} is a file: name the folder that holds the model")
     else:
         source, local = str(name), Path(name).is_dir() or not _hub_answers(str(name))
 
@@ -162,7 +160,9 @@ def _found(name: str | Path):
         yield source, {"trust_remote_code": False, "local_files_only": local}
     except OSError as error:
         if not local or Path(source).is_dir():
-            raise
+            if len(str(error)) <= 300 and "\n" not in str(error):
+                raise
+            raise OSError(in_one_line(error, 300)) from error  # transformers writes paragraphs
         raise ConnectionError(
             f"The Hugging Face hub cannot be reached, and {name!r} is not among the models fetched "
             f"from it before. Without a network use the embedded model: load({EMBEDDED!r})."
@@ -181,8 +181,10 @@ def _hub_answers(name: str) -> bool:
         HfApi().model_info(name, timeout=HUB_TIMEOUT)
     except HfHubHTTPError:
         return True  # an answer: no such model, or not for us; transformers will say so
-    except ValueError:
-        raise  # no id that a model could have
+    except ValueError as error:
+        raise ValueError(
+            f"there is no folder {name}, and it is not the id of a model: {in_one_line(error, 80)}"
+        ) from error
     except Exception:  # no network, no name service, a proxy in the way, HF_HUB_OFFLINE
         return False
     return True

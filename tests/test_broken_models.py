@@ -1,12 +1,14 @@
 """Models that cannot be loaded as they are: each error names the file and what to do, in a line."""
 
 import json
+import logging
 import re
 import shutil
 
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -123,6 +125,112 @@ def test_quantized_weights_are_not_loaded_as_others(one):
     edit_config(one, quantization_config={"quant_method": "gptq", "bits": 4})
     refused(one, ValueError, "is quantized .*quantization_config", [models.load])
     assert models.skeleton(one)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(torch.int8, None), (torch.uint8, ".absmax"), (torch.float8_e4m3fn, "_scale_inv")],
+)
+def test_weights_are_not_loaded_without_their_scales(one, dtype, scale):
+    """transformers would cast the codes to floats and ignore the scales."""
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def edit(tensors):
+        tensors[name] = tensors[name].to(dtype)
+        if scale:
+            tensors[name + scale] = torch.ones(1)
+
+    edit_tensors(one, edit)
+    refused(
+        one, ValueError, rf"is quantized \(it has {re.escape(name)}.*does not say", [models.load]
+    )
+    assert models.skeleton(one)
+
+
+def test_scales_beside_float_weights_are_refused(one):
+    name = "model.layers.0.mlp.up_proj.weight_scale"
+    edit_tensors(one, lambda tensors: tensors.update({name: torch.ones(1)}))
+    refused(one, ValueError, rf"is quantized \(it has {name} in F32\)", [models.load])
+
+
+def mixture(folder):
+    config = transformers.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4)
+    return tiny(folder, config)
+
+
+def test_experts_that_are_merged_on_loading_are_not_missing(tmp_path):
+    expected = mixture(tmp_path).state_dict()
+    assert len(load_file(tmp_path / "model.safetensors")) > len(expected)
+    model, _ = models.load(tmp_path, device="cpu")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("gone", "words"),
+    [
+        ("experts.2.w3", "lacks tensors that transformers puts together"),
+        ("experts.2.w2", r"experts.down_proj has shape \(3, 32, 64\)"),
+        ("experts.2.", r"experts.down_proj has shape \(3, 32, 64\)"),
+    ],
+)
+def test_an_expert_that_lacks_tensors_is_refused(tmp_path, gone, words):
+    mixture(tmp_path)
+
+    def edit(tensors):
+        for name in [name for name in tensors if f"layers.1.block_sparse_moe.{gone}" in name]:
+            del tensors[name]
+
+    edit_tensors(tmp_path, edit)
+    refused(tmp_path, ValueError, f"{words}.*Fetch", [models.load])
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_a_bias_that_the_configuration_leaves_out_is_refused(one, prefix):
+    name = f"{prefix}layers.0.self_attn.q_proj.bias"
+
+    def edit(tensors):
+        for old in list(tensors):
+            tensors[old.replace("model.", prefix)] = tensors.pop(old)
+        tensors[name] = torch.ones(32)
+
+    edit_tensors(one, edit)
+    words = r"q_proj\.bias, but config\.json describes layers without bias"
+    refused(one, ValueError, words, [models.load])
+
+
+def test_tensors_that_are_not_used_are_told_of(one):
+    edit_config(one, num_hidden_layers=1)
+    words = r"9 tensors that a LlamaForCausalLM .* does not use, first model\.layers\.1\."
+    with pytest.warns(UserWarning, match=words):
+        models.load(one)
+
+
+def test_what_a_model_computes_itself_is_not_told_of(one, tmp_path):
+    """Buffers that older programs stored: a warning would be an error here."""
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit_tensors(one, lambda tensors: tensors.update({name: torch.ones(8)}))
+    models.load(one)
+    tiny(tmp_path / "gpt2", transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2))
+    mask = {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8)}
+    edit_tensors(tmp_path / "gpt2", lambda tensors: tensors.update(mask))
+    models.load(tmp_path / "gpt2")
+
+
+def test_a_head_that_is_missing(one):
+    edit_tensors(one, lambda tensors: tensors.pop("lm_head.weight"))
+    words = 'lacks 1 .*first lm_head.weight.*"tie_word_embeddings": true'
+    refused(one, ValueError, words, [models.load])
+    edit_config(one, tie_word_embeddings=True)
+    model, _ = models.load(one, device="cpu")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_transformers_prints_no_table(one, caplog):
+    edit_tensors(one, lambda tensors: tensors.pop("model.norm.weight"))
+    refused(one, ValueError, "lacks 1 ", [models.load])
+    assert not [record for record in caplog.records if "REPORT" in record.getMessage()]
+    assert logging.getLogger("transformers.modeling_utils").level == logging.NOTSET
 
 
 def test_tied_weights_are_not_missing(tmp_path):
@@ -279,6 +387,7 @@ def test_configurations_that_are_refused(one, values, words):
         ("gemma3", "a vision-language model .*'gemma3'"),
         ("clip", "a vision-language model .*'clip'"),
         ("vit", "another architecture .*'vit'"),
+        ("bert", "an encoder .*'bert'"),
     ],
 )
 def test_models_that_are_not_decoders_alone(tmp_path, kind, words):
@@ -336,3 +445,47 @@ def test_a_tokenizer_with_code_of_its_own(one):
 def test_a_damaged_tokenizer(one, content):
     (one / "tokenizer.json").write_text(content)
     refused(one, ValueError, "the tokenizer of .* is refused", [models.load])
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "tokenizer.model"])
+def test_a_pointer_in_the_place_of_a_tokenizer_file(one, name):
+    (one / name).write_bytes(POINTER)
+    refused(
+        one, ValueError, rf"{re.escape(name)} is a Git LFS pointer.*git lfs pull", [models.load]
+    )
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def test_a_file_is_not_a_folder(one):
+    refused(one / "model.safetensors", ValueError, "is a file: name the folder")
+
+
+def test_a_folder_that_does_not_exist(tmp_path):
+    refused(tmp_path / "typed" / "wrong", ValueError, "there is no folder .*not the id of a model")
+
+
+@pytest.mark.parametrize("call", [models.load, models.skeleton])
+def test_what_the_hub_says_is_one_line(monkeypatch, call):
+    def from_pretrained(name, **_):
+        raise OSError("nobody/x is no model.\n" + "If it is private, log in. " * 30)
+
+    monkeypatch.setattr(models, "_hub_answers", lambda name: True)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", from_pretrained)
+    with pytest.raises(OSError, match=r"^nobody/x is no model\. If it is [^\n]+\.\.\.$") as caught:
+        call("nobody/x")
+    assert len(str(caught.value)) <= 300
+
+
+def test_a_damaged_file_in_the_hub_s_cache(one, monkeypatch):
+    def from_pretrained(name, **_):
+        raise SafetensorError("header too small")
+
+    config = transformers.AutoConfig.from_pretrained(one)
+    monkeypatch.setattr(models, "_hub_answers", lambda name: True)
+    monkeypatch.setattr(models, "load_config", lambda source, safe: config)
+    monkeypatch.setattr(models, "load_tokenizer", lambda source, safe: None)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    with pytest.raises(ValueError, match="copy of some/one in .* cache .*header too small.*delete"):
+        models.load("some/one")

@@ -210,7 +210,7 @@ LINES = "Größe: 12 µm\nand a second line\n"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_utf8_is_read_without_byte_order_mark_and_carriage_returns(tmp_path, encoding, end):
     file = tmp_path / "own.txt"
     file.write_bytes(LINES.replace("\n", end).encode(encoding))
