@@ -187,12 +187,15 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module | None, str]:
 def _without_report():
     """Silences transformers' table of missing tensors, of which `_check_complete` tells."""
     logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+
+    def errors_only(record):
+        return record.levelno >= logging.ERROR
+
+    logger.addFilter(errors_only)  # a level of its own would make transformers check more
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(errors_only)
 
 
 def quantized_already(source: str, why: str) -> str:

@@ -489,3 +489,10 @@ def test_a_damaged_file_in_the_hub_s_cache(one, monkeypatch):
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     with pytest.raises(ValueError, match="copy of some/one in .* cache .*header too small.*delete"):
         models.load("some/one")
+
+
+def test_loading_a_sound_model_says_nothing(capfd, caplog):
+    models.load(device="cpu")
+    models.load(device="cpu", mapped=True)
+    said = capfd.readouterr()
+    assert (said.out, said.err, caplog.text) == ("", "", "")
