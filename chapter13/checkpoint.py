@@ -23,7 +23,7 @@ from chapter13.gptq_words import (
     from_gptq,
     to_gptq,
 )
-from chapter13.model_files import check_pointer
+from chapter13.model_files import check_pointer, read_json
 from chapter13.models import skeleton
 from chapter13.tensors import check_part
 from chapter13.whole_model.layers import has_tied_head, linear_layers, weight_of
@@ -316,23 +316,13 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
-    return content
-
-
 def _read_settings(directory: Path) -> dict:
     """The quantization_config, checked; AutoGPTQ also keeps it in a file of its own."""
     path = directory / "config.json"
-    settings = _read_json(path).get("quantization_config")
+    settings = read_json(path).get("quantization_config")
     if settings is None and (directory / "quantize_config.json").is_file():
         path = directory / "quantize_config.json"
-        settings = _read_json(path)
+        settings = read_json(path)
     if not isinstance(settings, dict):
         raise ValueError(f"{path} has no quantization_config: not a quantized checkpoint")
 
@@ -364,7 +354,7 @@ def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
 
     indices = list(directory.glob("*.safetensors.index.json"))
     if len(indices) == 1:
-        named = _read_json(indices[0]).get("weight_map")
+        named = read_json(indices[0]).get("weight_map")
         if not isinstance(named, dict) or not all(isinstance(v, str) for v in named.values()):
             raise ValueError(f"{indices[0]} has no weight_map")
         files = [directory / Path(name).name for name in sorted(set(named.values()))]

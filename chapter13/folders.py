@@ -16,7 +16,7 @@ import torch
 
 from chapter13 import checkpoint, models
 from chapter13.atomic import replacing
-from chapter13.model_files import load_tokenizer
+from chapter13.model_files import load_tokenizer, read_json
 from chapter13.whole_model import storage
 from chapter13.whole_model.layers import has_tied_head
 
@@ -59,7 +59,7 @@ def kind(name: str | Path) -> str:
         raise FileNotFoundError(f"{folder} holds no model: {_why_none(folder)}")
     if (folder / OWN).is_file():
         return "own"
-    if _quantizer(folder, _json(folder / "config.json")):
+    if _quantizer(folder, read_json(folder / "config.json")):
         return "gptq"
     _check_weights(folder)
     return "plain"
@@ -126,7 +126,7 @@ def forget_other_files(folder: Path) -> None:
     """
     for name in "config.json", "tokenizer_config.json":
         file = folder / name
-        settings = _json(file) if file.is_file() else {}
+        settings = read_json(file) if file.is_file() else {}
         kept = {key: value for key, value in settings.items() if key not in _OF_OTHER_FILES}
         if kept != settings:
             text = json.dumps(kept, indent=2, ensure_ascii=False)
@@ -286,7 +286,7 @@ def _why_none(folder: Path) -> str:
 
 
 def _adapter(folder: Path) -> str:
-    base = _json(folder / "adapter_config.json").get("base_model_name_or_path")
+    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     named = f" ({base})" if base else ""
     return f"only an adapter (LoRA): merge it into the model that it was trained on{named} first"
 
@@ -356,13 +356,3 @@ def _fetch(name: str) -> Path:
 
         local = safe["local_files_only"]
         return Path(snapshot_download(source, allow_patterns=_FETCHED, local_files_only=local))
-
-
-def _json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # neither JSON nor UTF-8
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
-    return content

@@ -22,6 +22,17 @@ FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names data types
 QUANTIZED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax", ".SCB")
 
 
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; ValueError, naming the file, if it holds anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # neither JSON nor UTF-8
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return content
+
+
 def check_files(folder: str | Path) -> None:
     """Raises unless a folder's safetensors files are whole, as far as their headers and sizes say.
 
