@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_models import sharded
-from test_outliers import tiny_gpt2
-from test_static import TOKENS, tiny_llama
+from tiny import TOKENS, sharded, tiny_gpt2, tiny_llama
 
 from chapter13 import checkpoint, folders, models, quantize_model
 

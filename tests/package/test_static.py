@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from tiny import TOKENS, generator, tiny_llama
 from torch import nn
 
 from chapter13.dynamic import quantize_per_token
@@ -16,33 +17,11 @@ from chapter13.static import (
 )
 
 
-def generator():
-    return torch.Generator().manual_seed(13)
-
-
 def seen(*batches):
     statistics = Statistics.empty(batches[0].shape[-1])
     for batch in batches:
         statistics.add(batch)
     return statistics
-
-
-def tiny_llama(intermediate_size=96):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(13)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=100,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-TOKENS = torch.randint(100, (6, 12), generator=generator())
 
 
 def test_batches_add_up_whatever_their_order_and_range():

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_gpt2
 
 from chapter13 import model_size_mb, quantize_absmax, quantize_model
 from chapter13.measures import max_abs_error, mse, relative_rmse, sqnr_db
@@ -139,7 +140,6 @@ def test_size_of_a_tensor_made_of_tensors():
 
 
 def test_breakdown_by_part():
-    from test_outliers import tiny_gpt2
 
     model = tiny_gpt2()
     linears = 2 * (64 * 192 + 64 * 64 + 2 * 64 * 256) * 4

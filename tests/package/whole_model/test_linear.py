@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import generator
 from torch import nn
 
 from chapter13 import quantize_absmax, quantize_affine, quantize_codebook
@@ -15,10 +16,6 @@ from chapter13.whole_model.int8 import int8_product
 from chapter13.whole_model.linear import FEW, QuantizedLinear
 
 U = 2**-24  # half a unit in the last place of float32, relative
-
-
-def generator():
-    return torch.Generator().manual_seed(13)
 
 
 def matrix(*shape):

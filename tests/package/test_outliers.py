@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from test_static import TOKENS, tiny_llama
+from tiny import TOKENS, generator, tiny_gpt2, tiny_llama
 from torch import nn
 
 from chapter13.outliers import (
@@ -16,10 +16,6 @@ from chapter13.outliers import (
     split_outliers,
 )
 from chapter13.static import calibrate
-
-
-def generator():
-    return torch.Generator().manual_seed(13)
 
 
 def with_outliers(rows, features):
@@ -136,18 +132,6 @@ def test_smoothing_is_the_paper_s_formula():
     for alpha in (-0.1, 1.1):
         with pytest.raises(ValueError, match="alpha must lie between 0 and 1"):
             smoothing(absmax, weights, alpha)
-
-
-def tiny_gpt2():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(13)
-    config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=100, n_positions=32)
-    model = GPT2LMHeadModel(config).eval()
-    for name, parameter in model.named_parameters():
-        if "ln_" in name:  # the biases of a new model are zero, which tests nothing
-            parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator())
-    return model
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])

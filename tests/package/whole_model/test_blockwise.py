@@ -6,9 +6,7 @@ import weakref
 
 import pytest
 import torch
-from test_outliers import tiny_gpt2
-from test_static import TOKENS, tiny_llama
-from test_walk import MODELS, tiny
+from tiny import MODELS, TOKENS, tiny, tiny_gpt2, tiny_llama
 
 from chapter13 import (
     corpus,

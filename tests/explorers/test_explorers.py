@@ -1,7 +1,7 @@
 """What holds for every explorer, and the base they share.
 
 To have an explorer tested here, add it to PANELS. The numbers it shows are compared with the
-package's own in a file of its own, tests/test_<name>_explorer.py.
+package's own in a file of its own, tests/explorers/.
 """
 
 import base64
@@ -19,35 +19,13 @@ import torch
 from ipywidgets.widgets.widget import _instances as living_widgets
 from matplotlib.text import Text
 from PIL import Image
+from tiny import toy_model, weight
 
 from chapter13.explorers.base import Explorer, lines
 from chapter13.explorers.table import Table
 from chapter13.plots import LiveFigure, style
 
 VIEW = "application/vnd.jupyter.widget-view+json"
-
-
-def weight():
-    return torch.randn(96, 128, generator=torch.Generator().manual_seed(13)) * 0.02
-
-
-class Letters:
-    """A tokenizer: a token for each of 100 characters."""
-
-    def __call__(self, text, add_special_tokens):
-        return {"input_ids": [ord(char) - 32 for char in text]}
-
-    def decode(self, tokens):
-        return "".join(chr(token + 32) for token in tokens)
-
-
-def toy_model():
-    """A random Llama that writes letters, and its tokenizer."""
-    from test_static import tiny_llama
-
-    model = tiny_llama(intermediate_size=128)
-    model.config.eos_token_id = None
-    return model, Letters()
 
 
 PANELS = {  # module in chapter13.explorers (and a word more) -> a panel of it, given the module

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from tiny import normal
 
 from chapter13.explorers import granularity
 from chapter13.explorers.granularity import (
@@ -20,10 +21,6 @@ from chapter13.explorers.granularity import (
 from chapter13.integer import quantize_absmax, quantize_affine
 from chapter13.measures import max_abs_error, mse, relative_rmse, sqnr_db
 from chapter13.plots import granularity as plots
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def loud():

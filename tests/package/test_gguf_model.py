@@ -25,7 +25,7 @@ from chapter13.quantize import quantize_absmax
 from chapter13.whole_model.linear import QuantizedLinear
 from tools import llamacpp, readme
 
-REFERENCE = json.loads((Path(__file__).parent / "llamacpp.json").read_text(encoding="utf-8"))
+REFERENCE = json.loads((Path(__file__).parents[1] / "llamacpp.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_outliers import tiny_gpt2 as without_biases
-from test_static import TOKENS, tiny_llama
+from tiny import TOKENS, generator, tiny_gpt2, tiny_llama, uneven
 from torch import nn
 
 from chapter13 import awq, quantize_affine
@@ -16,46 +15,22 @@ from chapter13.whole_model.layers import linear_layers, weight_of
 from chapter13.whole_model.walk import Walk, tokens_of
 
 
-def generator(seed=13):
-    return torch.Generator().manual_seed(seed)
-
-
 def with_salient_channels(tokens, channels, seed=13):
     x = torch.randn(tokens, channels, generator=generator(seed))
     x[:, :: channels // 4] *= 12
     return x
 
 
-def tiny_multi_head():
+def multi_head():
     """Each head has values of its own: o_proj's scales can be folded into v_proj."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(13)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=100,
-        attention_bias=True,
-        mlp_bias=True,
-    )
-    return uneven(LlamaForCausalLM(config).eval())
+    return uneven(tiny_llama(num_key_value_heads=4, attention_bias=True, mlp_bias=True))
 
 
-def tiny_gpt2():
-    return uneven(without_biases())
+def uneven_gpt2():
+    return uneven(tiny_gpt2())
 
 
-def uneven(model):
-    """Norms and biases of a new model are ones and zeros, which test nothing."""
-    for name, parameter in model.named_parameters():
-        if "norm" in name or name.endswith("bias"):
-            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator())
-    return model
-
-
-MODELS = {"llama": tiny_llama, "multi-head": tiny_multi_head, "gpt2": tiny_gpt2}
+MODELS = {"llama": tiny_llama, "multi-head": multi_head, "gpt2": uneven_gpt2}
 every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
 
@@ -289,7 +264,7 @@ def test_clipping_near_the_ends_of_float16():
 def autoawq():
     from safetensors import safe_open
 
-    with safe_open(Path(__file__).parent / "awq_vectors" / "autoawq.safetensors", "pt") as file:
+    with safe_open(Path(__file__).parents[1] / "awq_vectors" / "autoawq.safetensors", "pt") as file:
         assert file.metadata()["autoawq"] == "0.2.9"
         return {key: file.get_tensor(key) for key in file.keys()}
 
@@ -352,7 +327,7 @@ def test_folding_leaves_the_function(make):
     # through some thirty operations of two blocks: a thousandfold margin is still 1e-10
     assert error < 1e-10
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, values[n])}
-    assert len(changed) == {tiny_llama: 2 * 8, tiny_multi_head: 2 * 11, tiny_gpt2: 2 * 8}[make]
+    assert len(changed) == {tiny_llama: 2 * 8, multi_head: 2 * 11, uneven_gpt2: 2 * 8}[make]
     assert all(torch.equal(before[name], values[name]) for name in values)  # none in place
 
 
@@ -362,11 +337,11 @@ def test_what_is_folded_where(make):
     block = next(m for m in model.modules() if type(m).__name__ in CHAINED)
     chains = {
         tiny_llama: {"mlp.up_proj": ("mlp.down_proj",)},
-        tiny_multi_head: {
+        multi_head: {
             "self_attn.v_proj": ("self_attn.o_proj",),
             "mlp.up_proj": ("mlp.down_proj",),
         },
-        tiny_gpt2: {"attn.c_attn": ("attn.c_proj",)},
+        uneven_gpt2: {"attn.c_attn": ("attn.c_proj",)},
     }
     linear = {
         source: readers

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_outliers import tiny_gpt2
-from test_static import tiny_llama
+from tiny import tiny_gpt2, tiny_llama
 from torch import nn
 
 from chapter13.whole_model.layers import (

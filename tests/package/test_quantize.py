@@ -7,8 +7,7 @@ import struct
 
 import pytest
 import torch
-from test_outliers import tiny_gpt2
-from test_static import TOKENS, tiny_llama
+from tiny import TOKENS, tiny_gpt2, tiny_llama
 from torch import nn
 
 from chapter13 import models, quantize, quantize_model

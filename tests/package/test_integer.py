@@ -12,6 +12,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from tiny import generator
 
 from chapter13 import (
     dequantize_absmax_int8,
@@ -401,10 +402,6 @@ def test_scale_beyond_float16(quantize):
     quantized = quantize(weight, 8, "channel", torch.float32)
     error = (quantized.dequantize() - weight).abs()
     assert (error <= quantized.scale * 0.5 * (1 + 256 * 2 * U)).all()
-
-
-def generator():
-    return torch.Generator().manual_seed(13)
 
 
 SMALLEST = 2.0**-24  # of float16's numbers, and the distance between its subnormal ones

@@ -9,8 +9,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_outliers import tiny_gpt2
-from test_static import TOKENS, generator, tiny_llama
+from tiny import TOKENS, generator, tiny_gpt2, tiny_llama
 from torch import nn
 
 from chapter13 import checkpoint, quantize_model

@@ -12,10 +12,7 @@ import warnings
 import pytest
 import stand_in
 import torch
-from test_explorers import toy_model, weight
-from test_models import sharded
-from test_outliers import tiny_gpt2
-from test_static import tiny_llama
+from tiny import sharded, tiny_gpt2, tiny_llama, toy_model, weight
 
 from chapter13 import __main__ as main
 from chapter13 import checkpoint, evaluate, models, quantize_model

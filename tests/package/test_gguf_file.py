@@ -15,7 +15,7 @@ from chapter13 import gguf_blocks, gguf_file
 from chapter13.gguf_blocks import BlockTensor, plain, quantize, read
 from chapter13.gguf_file import KINDS, NUMBERS, parse, write
 
-CORPUS = sorted((Path(__file__).parent / "gguf_corpus").glob("*.gguf"))
+CORPUS = sorted((Path(__file__).parents[1] / "gguf_corpus").glob("*.gguf"))
 
 
 def text(words: str) -> bytes:

@@ -5,16 +5,13 @@ import re
 import numpy as np
 import pytest
 import torch
+from tiny import normal
 
 from chapter13.explorers.absmax import DRAWN, explore_absmax, prepare, view
 from chapter13.integer import quantize_absmax
 from chapter13.measures import max_abs_error, mse
 
 OUTLIERS = [2 ** (step / 4) for step in range(41)]  # every position of the slider
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 WEIGHTS = {

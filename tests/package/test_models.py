@@ -16,8 +16,7 @@ import torch
 import transformers
 from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
-from test_outliers import tiny_gpt2
-from test_static import tiny_llama
+from tiny import sharded, tiny_gpt2, tiny_llama
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -332,16 +331,6 @@ def test_progress_bars_are_as_they_were(tiny):
     before = logging.is_progress_bar_enabled()
     models.load(str(folder))
     assert logging.is_progress_bar_enabled() == before
-
-
-def sharded(folder, make, dtype):
-    """Writes a model in several files, with a tokenizer of a few words."""
-    model = make().to(dtype)
-    model.save_pretrained(folder, max_shard_size="50KB")
-    assert len(list(folder.glob("*.safetensors"))) > 2
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(20)}, unk_token="w0"))
-    words.pre_tokenizer = Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -6,6 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from tiny import normal
 
 from chapter13 import awq, corpus, gptq, models, quantize_absmax, quantize_affine, quantize_codebook
 from chapter13.explorers import distributions
@@ -29,10 +30,6 @@ from chapter13.tables import CODE_BOOKS
 
 BITS = range(2, 9)
 OUTLIERS = [1, 100]
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 WEIGHTS = {

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from tiny import generator
 from torch import nn
 
 from chapter13.dynamic import (
@@ -28,10 +29,6 @@ x86 = pytest.mark.skipif(
     reason="torch.ao reduces the range of activations on x86 alone",
 )
 EPS = torch.finfo(torch.float32).eps
-
-
-def generator():
-    return torch.Generator().manual_seed(13)
 
 
 def spread(*shape):

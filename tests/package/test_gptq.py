@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import generator
 
 from chapter13 import gptq, quantize_affine
 from chapter13.grids import CLIP_FRACTIONS, fit_grid
@@ -17,10 +18,6 @@ CHOICES = [
     for act_order in (False, True)
     for size in (8, 24, "channel")
 ]
-
-
-def generator(seed=13):
-    return torch.Generator().manual_seed(seed)
 
 
 def layer(rows=12, columns=48, tokens=200, seed=13):

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_outliers import tiny_gpt2
-from test_static import TOKENS, tiny_llama
+from tiny import MODELS, TOKENS, tiny_gpt2, tiny_llama
 from torch import nn
 
 from chapter13.whole_model import walk as walking
@@ -17,31 +16,6 @@ LLAMA = [
     ["mlp.down_proj"],
 ]
 GPT2 = [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]]
-
-
-def tiny(name, **sizes):
-    """A random model of any kind that transformers has a config for."""
-    import transformers
-
-    torch.manual_seed(13)
-    config = getattr(transformers, f"{name}Config")(
-        vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, **sizes
-    )
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
-
-
-OTHERS = {
-    "Qwen2": {"intermediate_size": 96, "num_key_value_heads": 2},
-    "Gemma2": {"intermediate_size": 96, "num_key_value_heads": 2, "head_dim": 16},
-    "Phi": {"intermediate_size": 96},
-    "OPT": {"ffn_dim": 96, "word_embed_proj_dim": 64},
-    "Bloom": {},
-    "GPTNeoX": {"intermediate_size": 96},
-    "Mistral": {"intermediate_size": 96, "num_key_value_heads": 2, "sliding_window": 4},
-}
-MODELS = {"Llama": tiny_llama, "GPT2": tiny_gpt2} | {
-    name: lambda name=name: tiny(name, **OTHERS[name]) for name in OTHERS
-}
 
 
 def hidden_states(model, tokens):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_explorers import Letters, toy_model
+from tiny import Letters, toy_model
 
 from chapter13 import quantize_model
 from chapter13.explorers.text import PROMPTS, TOKENS, RoundedModel, explore_text, greedy

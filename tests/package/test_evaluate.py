@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from test_outliers import tiny_gpt2
-from test_static import TOKENS, tiny_llama
+from tiny import TOKENS, tiny_gpt2, tiny_llama
 
 from chapter13 import quantize_model
 from chapter13.evaluate import (

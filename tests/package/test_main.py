@@ -15,9 +15,7 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
-from test_models import sharded
-from test_outliers import tiny_gpt2
-from test_static import TOKENS, tiny_llama
+from tiny import TOKENS, sharded, tiny_gpt2, tiny_llama
 
 from chapter13 import __main__ as command
 from chapter13 import corpus, folders, models, quantize_model, results
@@ -34,7 +32,7 @@ MAKES = {"llama": tiny_llama, "gpt2": tiny_gpt2}
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
-    """Runs are compared bit for bit here; tests/test_devices.py has the command line elsewhere."""
+    """Runs are compared bit for bit here; tests/package/test_devices.py has the command line elsewhere."""
     monkeypatch.setenv("CHAPTER13_DEVICE", "cpu")
 
 

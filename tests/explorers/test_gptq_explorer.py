@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_llama
 
 from chapter13 import gptq, quantize_affine
 from chapter13.explorers.gptq import (
@@ -210,7 +211,6 @@ def test_amount_and_text_choose_what_is_calibrated_on(layers):
 
 
 def test_collect_sees_what_reaches_each_layer():
-    from test_static import tiny_llama
 
     model = tiny_llama(intermediate_size=128)
     tokens = torch.randint(90, (3, 16), generator=torch.Generator().manual_seed(1))
