@@ -18,6 +18,9 @@ from chapter13.fetch.download import require
 from chapter13.seeded import permutation
 
 SEED = 13
+# The protocol of the summary table: sequences, length. What is measured elsewhere is a prefix.
+EVALUATION = 33, 512
+CALIBRATION = 16, 256
 
 
 def articles(split: str) -> list[dict]:
@@ -40,8 +43,13 @@ def news() -> list[str]:
     return [document["text"] for document in _read("news")]
 
 
-def evaluation_tokens(tokenizer, sequences: int, length: int) -> torch.Tensor:
+def evaluation_tokens(
+    tokenizer, sequences: int = EVALUATION[0], length: int = EVALUATION[1]
+) -> torch.Tensor:
     """Tokens of encyclopedia articles, to measure a model with: int64 (sequences, length).
+
+    Fewer sequences of the default length are the first ones of the summary table, so their losses
+    can be compared with the recorded ones, sequence by sequence.
 
     `tokenizer`: from transformers, as `models.load` gives it. Each sequence lies within one
     article, none overlaps another, no special tokens are added.
@@ -54,14 +62,16 @@ def evaluation_tokens(tokenizer, sequences: int, length: int) -> torch.Tensor:
 def encyclopedia_tokens(tokenizer, sequences: int, length: int, split: str) -> torch.Tensor:
     """Tokens of one split of encyclopedia articles, drawn as `evaluation_tokens` draws them.
 
-    Lot "calibration" compares calibrating on such text with calibrating on news; "validation"
+    Split "calibration" compares calibrating on such text with calibrating on news; "validation"
     serves to choose between options. Raises as `articles` and `evaluation_tokens`.
     """
     texts = [article["text"] for article in articles(split)]
     return _draw(_encode(tokenizer, texts), sequences, length, split)
 
 
-def calibration_tokens(tokenizer, sequences: int, length: int) -> torch.Tensor:
+def calibration_tokens(
+    tokenizer, sequences: int = CALIBRATION[0], length: int = CALIBRATION[1]
+) -> torch.Tensor:
     """Tokens of news, to calibrate a method with: int64 (sequences, length).
 
     The documents are short, so they are put one after another in a random order, a blank line

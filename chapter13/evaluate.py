@@ -14,6 +14,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,6 @@ from chapter13.atomic import replacing
 from chapter13.corpus import check_tokens
 from chapter13.whole_model.layers import evaluating
 
-RESAMPLES = 2000  # of the bootstrap
-SEED = 13
 _STEPS = 65535  # levels of a cached log-probability
 
 
@@ -45,13 +44,27 @@ class Score:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Where 95% of bootstrap means lie (Efron 1979): sequences are drawn with replacement.
+        """The 95% confidence interval of the mean by Student's t (1908), sequence by sequence.
 
-        Says how far the value may move with other texts of the same kind. Sequences are drawn
-        whole, because the tokens of one are not independent. (nan, nan) for a single sequence.
+        It says how far the value may move with other texts of the same kind. Sequences count, not
+        tokens, because the tokens of one text are not independent. (nan, nan) for one sequence.
         """
-        low, high = _bootstrap(self.losses)
-        return (math.exp(low), math.exp(high)) if self.exponential else (low, high)
+        count = len(self.losses)
+        if count < 2:
+            return math.nan, math.nan
+        mean = self.losses.mean().item()
+        half = t_quantile(count - 1) * self.losses.std().item() / math.sqrt(count)
+        ends = mean - half, mean + half
+        return (math.exp(ends[0]), math.exp(ends[1])) if self.exponential else ends
+
+    def first(self, sequences: int) -> "Score":
+        """The score of the first sequences alone, to compare with a run that measured only these.
+
+        Raises ValueError if there are fewer.
+        """
+        if not 1 <= sequences <= len(self.losses):
+            raise ValueError(f"there are {len(self.losses)} sequences, not {sequences}")
+        return Score(self.losses[:sequences], self.exponential)
 
     def __float__(self) -> float:
         return self.value
@@ -73,6 +86,16 @@ def difference(first: Score, second: Score) -> Score:
     if len(first.losses) != len(second.losses):
         raise ValueError(f"{len(first.losses)} and {len(second.losses)} sequences cannot be paired")
     return Score(first.losses - second.losses)
+
+
+def deviation(measured: Score, recorded: Score) -> float:
+    """The largest |measured / recorded - 1| of the loss of a sequence.
+
+    `measured` has the first sequences of `recorded`, on the same tokens: a run on another machine,
+    or on fewer sequences. Raises ValueError if it has more.
+    """
+    recorded = recorded.first(len(measured.losses))
+    return (measured.losses / recorded.losses - 1).abs().max().item()
 
 
 def perplexity(
@@ -234,13 +257,23 @@ def _score(losses: Sequence[float], exponential: bool = False) -> Score:
     return Score(torch.tensor(losses, dtype=torch.float64), exponential)
 
 
-def _bootstrap(losses: torch.Tensor) -> tuple[float, float]:
-    if len(losses) < 2:
-        return math.nan, math.nan
-    # numpy's generator with a seed: the same interval on every machine
-    draws = np.random.Generator(np.random.PCG64(SEED)).integers(
-        len(losses), size=(RESAMPLES, len(losses))
-    )
-    means = losses.numpy()[draws].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+@cache
+def t_quantile(degrees: int) -> float:
+    """The 97.5% point of Student's t distribution, by bisection; `degrees` of freedom from 1.
+
+    The share within +-t is a finite sum for whole degrees of freedom: Abramowitz and Stegun 1964,
+    26.7.3 and 26.7.4.
+    """
+    low, high = 0.0, math.pi / 2  # of atan(t / sqrt(degrees))
+    while (angle := (low + high) / 2) not in (low, high):
+        sine, cosine = math.sin(angle), math.cos(angle)
+        term = total = 1.0 if degrees % 2 == 0 else cosine
+        for n in range(2 + degrees % 2, degrees - 1, 2):
+            term *= (n - 1) / n * cosine**2
+            total += term
+        if degrees % 2:
+            share = (angle + sine * total * (degrees > 1)) * 2 / math.pi
+        else:
+            share = sine * total
+        low, high = (angle, high) if share < 0.95 else (low, angle)
+    return math.tan(low) * math.sqrt(degrees)

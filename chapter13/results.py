@@ -34,10 +34,15 @@ def load(path: Path = FILE) -> dict[str, dict]:
     return records
 
 
-def record(key: str, measured: dict, packages: tuple[str, ...] = (), path: Path = FILE) -> None:
-    """Stores `measured` under `key`, with machine, date, commit, and the versions of `packages`."""
+def record(
+    key: str, measured: dict, target: str, packages: tuple[str, ...] = (), path: Path = FILE
+) -> None:
+    """Stores `measured` under `key`, with machine, date, commit, and the versions of `packages`.
+
+    `target`: the command that measures it again, "make results".
+    """
     records = load(path)
-    records[key] = measured | {"environment": environment(packages)}
+    records[key] = measured | {"target": target, "environment": environment(packages)}
     _write(records, path)
 
 

@@ -24,13 +24,20 @@ from chapter13.atomic import replacing
 from chapter13.gguf_blocks import quantize
 from chapter13.gguf_model import FILE_TYPES, write_model
 from chapter13.quiet import silence_torchao
-from tools import readme
+from tools import markdown
 
 ROOT = Path(__file__).parent.parent
 PEER = ROOT / ".peers" / "llamacpp" / "bin" / "python"
 REFERENCE = ROOT / "tests" / "llamacpp.json"
-SECTION = readme.section("llama", "make llama")
+TARGET = "make llama"
+KEYS = {kind: f"llama.cpp {kind}" for kind in FILE_TYPES}
+SECTION = markdown.section("llama", TARGET)
 SEQUENCES, LENGTH, NEW = 4, 128, 24
+
+
+def keys():
+    """The records that this program writes."""
+    return set(KEYS.values())
 
 
 @contextmanager
@@ -110,29 +117,38 @@ def measure(path: Path, tokens: torch.Tensor) -> tuple[dict, torch.Tensor]:
     return measured, logs[" llama.cpp"]
 
 
-def readme_section(records: dict) -> str:
-    """The README's table of llama.cpp beside torch, from data/results.json."""
-    found = {kind: records[f"llama.cpp {kind}"] for kind in FILE_TYPES}
-    first = next(iter(found.values()))
-    environment = first["environment"]
-    lines = [
-        f"{environment['machine']}, llama-cpp-python {first['llama-cpp-python']}, "
-        f"{environment['date']}; {first['tokens']}. KL: the median over positions, in nats, to "
-        "the same weights multiplied in float32.",
-        "",
-        "| file | MB | perplexity, llama.cpp | perplexity, ours | KL of llama.cpp "
-        "| KL of Q8_0 inputs alone | same likeliest token | written alike |",
-        "|" + " --- |" * 8,
-    ]
-    for kind, each in found.items():
-        alike = ", ".join(str(count) for count in each["written tokens alike"])
-        lines.append(
-            f"| {kind} | {each['megabytes']:.1f} | {each['perplexity llama.cpp']:.2f} "
-            f"| {each['perplexity']:.2f} | {each['KL llama.cpp']:.4f} "
-            f"| {each['KL Q8_0 inputs']:.4f} | {each['same likeliest token']:.1%} "
-            f"| {alike} of {NEW} |"
+def table_section(records: dict) -> str:
+    """The table of llama.cpp beside torch, from data/results.json."""
+    rows = [
+        (
+            "file",
+            "MB",
+            "perplexity, llama.cpp",
+            "perplexity, ours",
+            "KL of llama.cpp",
+            "KL of Q8_0 inputs alone",
+            "same likeliest token",
+            "written alike",
         )
-    return "\n".join(lines) + "\n"
+    ]
+    for kind, key in KEYS.items():
+        each = records[key]
+        alike = ", ".join(str(count) for count in each["written tokens alike"])
+        rows.append(
+            (
+                kind,
+                f"{each['megabytes']:.1f}",
+                f"{each['perplexity llama.cpp']:.2f}",
+                f"{each['perplexity']:.2f}",
+                f"{each['KL llama.cpp']:.4f}",
+                f"{each['KL Q8_0 inputs']:.4f}",
+                f"{each['same likeliest token']:.1%}",
+                f"{alike} of {NEW}",
+            )
+        )
+    where = markdown.where(each["environment"])
+    version = f"llama-cpp-python {each['llama-cpp-python']}"
+    return f"{markdown.table(rows)}\n\n{where}, {version}; tokens: {each['tokens']}.\n"
 
 
 def main() -> None:
@@ -153,12 +169,12 @@ def main() -> None:
             path = write_model(model, kind, Path(folder) / f"{kind}.gguf", models.gguf_path())
             measured, log_p = measure(path, tokens)
             measured["llama-cpp-python"] = version
-            results.record(f"llama.cpp {kind}", measured, ("transformers", "gguf"))
+            results.record(KEYS[kind], measured, TARGET, ("transformers", "gguf"))
             reference[kind] = [[round(x, 3) for x in row] for row in log_p.tolist()]
             print(kind, json.dumps(measured), flush=True)
     with replacing(REFERENCE) as part:
         part.write_text(json.dumps(reference) + "\n", encoding="utf-8")
-    readme.write(SECTION, readme_section(results.load()))
+    markdown.write(SECTION, table_section(results.load()))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
 """`make results`: every method at every size by one protocol, for the summary table.
 
-Each row of tools/table_rows.py is measured in a process of its own. Its quality: perplexity and KL
-to the float32 model on the same held-out tokens for all, sequence by sequence, so that differences
-can be paired. Its cost: bits per weight of the linear layers and the size of the model, from the
-bytes held; the time and peak memory of quantizing; time per token at batch 1.
+Each format of TABLE in tools/formats.py is measured in a process of its own. Its quality:
+perplexity and KL to the float32 model on the same held-out tokens for all, sequence by sequence, so
+that differences can be paired. Its cost: bits per weight of the linear layers and the size of the
+model, from the bytes held; the time and peak memory of quantizing; time per token at batch 1.
 
-A row goes to data/results.json ("table/...") as soon as it is measured: what is interrupted goes on
-where it was. A row stands as long as its options, the tokens, the versions of the libraries and
-the code that it really ran are the same; comments and docstrings may change.
+A row goes to data/results.json ("table/...") as soon as it is measured: an interrupted run can be
+taken up again. The STUDIES of tools/formats.py ("study/...") are measured the same way, their
+quality alone. A row is current as long as its options, the tokens, the versions of the libraries
+and the code that it really ran are the same; comments and docstrings may change.
 
     python -m tools.table                           what is missing or out of date
     python -m tools.table --only cost               the costs alone, on a quiet machine
-    python -m tools.table "NF4" "FP32" --again      these rows, although they stand
+    python -m tools.table "NF4" "FP32" --again      these rows, although they are current
 """
 
 import argparse
@@ -23,7 +24,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cache
@@ -33,19 +33,31 @@ from tqdm import tqdm
 
 from chapter13 import corpus, evaluate, models, results
 from chapter13.fetch import download
-from tools import bench_models, peers, readme
-from tools.table_rows import MAKERS, MODEL, ROWS, QuantizedModel, calibration_tokens
+from tools import bench_models, formats, markdown, measure, peers
+from tools.formats import FORMATS, MAKERS, MODEL, STUDIES, TABLE, QuantizedModel
 
-EVALUATION = (33, 512)  # sequences, length: 16863 tokens are scored
+TARGET = "make results"
 TOKENS = 16  # timed
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "table"
 PARTS = ("cost", "quality")
-WEIGHTS = 106_168_320  # of the embedded model's linear layers
 PACKAGE = ROOT / "chapter13"
+# glibc keeps the memory of a batch's logits for the next batch: a third less time
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**33),
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+}
 LOADING = ("models.py", "corpus.py", "wiki.py")  # what they load is compared itself
-KEY = "table/"
-SECTION = readme.section("table", "make results")
+KEYS = {kind.name: f"table/{kind.name}" for kind in TABLE}
+KEYS |= {kind.name: f"study/{kind.name}" for kind in STUDIES}
+PARTS_OF = dict.fromkeys(KEYS, PARTS) | {kind.name: ("quality",) for kind in STUDIES}
+SECTION = markdown.section("table", TARGET, "README.md")
+
+
+def keys():
+    """The records that this program writes."""
+    return set(KEYS.values())
 
 
 # --- one row, in a process of its own --------------------------------------------------------
@@ -53,7 +65,7 @@ SECTION = readme.section("table", "make results")
 
 def reference(tokenizer):
     """The evaluation tokens, and the file with the float32 model's predictions, made if need be."""
-    tokens = corpus.evaluation_tokens(tokenizer, *EVALUATION)
+    tokens = corpus.evaluation_tokens(tokenizer)
     name = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:12]
     path = WORK / f"reference-{name}"
     if not path.exists():
@@ -62,27 +74,12 @@ def reference(tokenizer):
     return tokens, path
 
 
-def make(row):
-    """The row's model: a `QuantizedModel` without gaps but for its sizes."""
-    model, tokenizer = models.load(MODEL, device="cpu")
-    bench_models.reset_peak()
-    start = time.perf_counter()
-    made: QuantizedModel = MAKERS[row.maker](model, tokenizer, **row.options)
-    if made.seconds is None:
-        made.seconds = time.perf_counter() - start
-        made.peak_mb = bench_models.peak() / 1e6
-    if made.bits_per_weight is None:
-        parts = bench_models.memory_breakdown(made.model)
-        made.bits_per_weight = 8 * (parts["linears"] + parts["scales"]) / WEIGHTS
-        made.size_mb = made.size_mb or sum(parts.values()) / 1e6
-    return made, tokenizer
-
-
-def measure(row, part):
+def measure_part(row, part):
     """What is measured of one row: its cost or its quality, and which code did it."""
     # of calls of Python functions alone: a matrix product is none
     profile = cProfile.Profile(builtins=False)
-    made, tokenizer = profile.runcall(make, row)
+    model, tokenizer = models.load(MODEL, device="cpu")
+    made = profile.runcall(formats.make, row, model, tokenizer)
     if part == "cost":
         measured = cost(made)
     else:
@@ -91,23 +88,23 @@ def measure(row, part):
             evaluate.perplexity_and_kl, made.model, path, tokens, progress=False
         )
         measured = {
-            name: told(score) | {"losses": [round(loss, 6) for loss in score.losses.tolist()]}
-            for name, score in zip(("perplexity", "kl"), scores, strict=True)
+            name: recorded(score) for name, score in zip(("perplexity", "kl"), scores, strict=True)
         }
-    # told by this process: another one may have other threads
+    # asked in this process: another one may have other threads
     where = results.environment(("transformers", *row.packages))
     return measured | {"peer": made.versions, "files": files_of(profile), "environment": where}
 
 
-def told(score):
+def recorded(score):
     """A score as data/results.json has it."""
     return {
         "value": round(score.value, 5),
         "interval": [round(end, 5) for end in score.interval],
+        "losses": [round(loss, 6) for loss in score.losses.tolist()],
     }
 
 
-def cost(made):
+def cost(made: QuantizedModel):
     measured = {
         "bits_per_weight": round(made.bits_per_weight, 4),
         "size_mb": round(made.size_mb, 1),
@@ -117,13 +114,14 @@ def cost(made):
         "run_peak_mb": None,
     }
     if made.runs:
-        bench_models.reset_peak()
-        measured["tokens_per_s"] = round(1e3 / bench_models.ms_per_token(made.model, TOKENS), 1)
-        measured["run_peak_mb"] = round(bench_models.peak() / 1e6)
+        with measure.memory() as used:
+            milliseconds = bench_models.ms_per_token(made.model, TOKENS)
+        measured["tokens_per_s"] = round(1e3 / milliseconds, 1)
+        measured["run_peak_mb"] = round(used.peak / 1e6)
     return measured
 
 
-# --- what stands, and what is out of date ----------------------------------------------------
+# --- what is current, and what is out of date ------------------------------------------------
 
 
 def files_of(profile):
@@ -143,7 +141,7 @@ def code(path):
 
 
 def _is_text(statement):
-    """Whether a statement is but a string: a docstring, of whatever."""
+    """Whether a statement is only a string: a docstring."""
     value = getattr(statement, "value", None)
     text = isinstance(value, ast.Constant) and isinstance(value.value, str)
     return isinstance(statement, ast.Expr) and text
@@ -153,7 +151,7 @@ def _is_text(statement):
 def inputs():
     """Of the model's files and of all tokens: a digest."""
     tokenizer = models.load(MODEL, device="cpu")[1]
-    texts = (calibration_tokens(tokenizer), corpus.evaluation_tokens(tokenizer, *EVALUATION))
+    texts = (corpus.calibration_tokens(tokenizer), corpus.evaluation_tokens(tokenizer))
     digest = hashlib.sha256((download.require(MODEL) / "manifest.json").read_bytes())
     for tokens in texts:
         digest.update(tokens.numpy().tobytes())
@@ -167,7 +165,7 @@ def fingerprint(row, part, files):
     except FileNotFoundError:
         return ""
     packages = ("torch", "numpy", "transformers", *row.packages)
-    told = [
+    depends = [
         row.maker,
         row.options,
         inspect.getsource(MAKERS[row.maker]),
@@ -176,43 +174,44 @@ def fingerprint(row, part, files):
         inputs(),
         TOKENS if part == "cost" else "",
     ]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]
 
 
-def stands(records, row, part):
+def is_current(records, row, part):
     """Whether what is recorded of this part of a row is what a new measurement would measure."""
-    record = records.get(KEY + row.name, {})
-    there = record.get(part)
-    if there is None or record["family"] != row.family:
+    record = records.get(KEYS[row.name], {})
+    found = record.get(part)
+    if found is None or record["family"] != row.family:
         return False
-    return there["fingerprint"] == fingerprint(row, part, there["files"])
+    return found["fingerprint"] == fingerprint(row, part, found["files"])
 
 
 def store(row, measured):
     """Puts the parts just measured into the row's record, each with where and when it was."""
-    kept = results.load().get(KEY + row.name, {})
+    key = KEYS[row.name]
+    kept = results.load().get(key, {})
     kept.pop("environment", None)
     packages = ("transformers", *row.packages)
     for part, values in measured.items():
         kept[part] = values | {"fingerprint": fingerprint(row, part, values["files"])}
     kept["family"] = row.family
-    results.record(KEY + row.name, kept, packages)
+    results.record(key, kept, TARGET, packages)
 
 
 # --- all rows --------------------------------------------------------------------------------
 
 
 def measure_all(rows, parts, again):
-    """Measures what does not stand; returns the names of the rows that failed, or were left out."""
+    """Measures what is not current; returns the names of the rows that failed or were left out."""
     records = results.load()
-    names = {row.name for row in ROWS}
     for key in records:
-        if key.startswith(KEY) and key.removeprefix(KEY) not in names:
+        if key.startswith(("table/", "study/")) and key not in keys():
             results.forget(key)
     failed = set()
     for part in parts:
-        todo = [row for row in rows if again or not stands(records, row, part)]
-        print(f"{part}: {len(rows) - len(todo)} of {len(rows)} rows stand")
+        asked = [row for row in rows if part in PARTS_OF[row.name]]
+        todo = [row for row in asked if again or not is_current(records, row, part)]
+        print(f"{part}: {len(asked) - len(todo)} of {len(asked)} rows are current")
         # Times are taken one by one. Predictions come sooner from several processes with a thread
         # each than from one whose threads wait for each other.
         jobs = (os.cpu_count() or 1) if part == "quality" else 1
@@ -243,7 +242,7 @@ def run(part, one_thread, row):
             peers.python(row.options["library"])
         except peers.NoPeer as error:
             return str(error)
-    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if one_thread else {})
+    environment = os.environ | (ONE_THREAD if one_thread else {})
     command = [sys.executable, "-m", "tools.table", "--measure", row.name, part]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -287,23 +286,16 @@ IN_README = (
 )
 
 
-def readme_section(records):
+def table_section(records):
     """The README's summary table, from data/results.json."""
-    rows = [(name, records[KEY + name]) for name in IN_README if KEY + name in records]
+    rows = [(name, records[KEYS[name]]) for name in IN_README]
     where = {
-        part: "; ".join(sorted({_where(row[part]["environment"]) for _, row in rows}))
+        part: "; ".join(sorted({markdown.where(row[part]["environment"]) for _, row in rows}))
         for part in PARTS
     }
-    head = (
-        "method",
-        "bits per weight",
-        "perplexity",
-        "KL, nats per token",
-        "95%",
-        "MB",
-        "tokens/s",
-    )
-    table = [head, ("---",) * len(head)]
+    table = [
+        ("method", "bits per weight", "perplexity", "KL, nats per token", "95%", "MB", "tokens/s")
+    ]
     for name, row in rows:
         cost, quality = row["cost"], row["quality"]
         low, high = quality["kl"]["interval"]
@@ -318,18 +310,8 @@ def readme_section(records):
                 "" if cost["tokens_per_s"] is None else f"{cost['tokens_per_s']:.0f}",
             )
         )
-    body = readme.table(table)
-    return (
-        f"The embedded model on {EVALUATION[0]} x {EVALUATION[1]} held-out tokens; "
-        f"losses on {where['quality']}; memory and speed on {where['cost']}. Bits per "
-        "weight are those of the linear layers, scales included; MB those of the whole model, "
-        "whose embeddings stay in float32 but for BF16. "
-        f"Notebook 08 shows all {len(ROWS)} rows, and what they cost to make.\n\n{body}\n"
-    )
-
-
-def _where(environment):
-    return f"{environment['machine']}, {environment['date']}"
+    words = f"Losses: {where['quality']}. Memory and speed: {where['cost']}."
+    return f"{markdown.table(table)}\n\n{words}\n"
 
 
 def main():
@@ -338,25 +320,24 @@ def main():
     )
     parser.add_argument("rows", nargs="*", help="names of rows; all if not given")
     parser.add_argument("--only", choices=PARTS, help="one part of each row")
-    parser.add_argument("--again", action="store_true", help="measure what stands, too")
+    parser.add_argument("--again", action="store_true", help="measure what is current, too")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    by_name = {row.name: row for row in ROWS}
     if arguments.measure:
         name, part = arguments.measure
-        bench_models.silence_libraries()
+        formats.silence_libraries()
         warnings.simplefilter("ignore")
-        print(json.dumps(measure(by_name[name], part)))
+        print(json.dumps(measure_part(FORMATS[name], part)))
         return
-    unknown = [name for name in arguments.rows if name not in by_name]
+    unknown = [name for name in arguments.rows if name not in KEYS]
     if unknown:
-        parser.error(f"no row {unknown[0]!r}; there are: {', '.join(by_name)}")
-    rows = [by_name[name] for name in arguments.rows] or ROWS
+        parser.error(f"no row {unknown[0]!r}; there are: {', '.join(KEYS)}")
+    rows = [FORMATS[name] for name in arguments.rows or KEYS]
     parts = [arguments.only] if arguments.only else list(PARTS)
     failed = measure_all(rows, parts, arguments.again)
     records = results.load()
-    if all(stands(records, by_name[name], part) for name in IN_README for part in PARTS):
-        readme.write(SECTION, readme_section(records))
+    if all(is_current(records, FORMATS[name], part) for name in IN_README for part in PARTS):
+        markdown.write(SECTION, table_section(records))
     if failed:
         sys.exit(f"not measured: {', '.join(failed)}")
 

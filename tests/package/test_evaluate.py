@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from tiny import TOKENS, tiny_gpt2, tiny_llama
+from tiny import TOKENS, generator, tiny_gpt2, tiny_llama
 
-from chapter13 import quantize_model
+from chapter13 import evaluate, quantize_model
 from chapter13.evaluate import (
     Score,
     cache_logits,
+    deviation,
     difference,
     kl_divergence,
     perplexity,
@@ -120,21 +121,46 @@ def test_an_interrupted_cache_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_intervals():
-    draws = torch.randn(400, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 3
-    few, many = Score(draws[:25]), Score(draws)
-    for score in (few, many):
-        low, high = score.interval
-        assert low < score.value < high
-        assert score.interval == (low, high)  # the same each time
-        # about 1.96 standard errors to either side; the bootstrap's own noise is some 3%
-        half = 1.96 * score.losses.std(correction=0).item() / len(score.losses) ** 0.5
-        assert (high - low) / 2 == pytest.approx(half, rel=0.15)
-    low, high = Score(draws, exponential=True).interval
-    assert (math.log(low), math.log(high)) == pytest.approx(many.interval)
-    assert all(math.isnan(end) for end in Score(draws[:1]).interval)
-    assert "sequences" in repr(many)
-    assert f"{many:.2f}" == f"{many.value:.2f}"
+def test_the_quantile_of_students_t():
+    published = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 7: 2.365, 15: 2.131, 32: 2.037, 120: 1.98}
+    for degrees, value in published.items():
+        assert evaluate.t_quantile(degrees) == pytest.approx(value, abs=0.0005)
+    # as many draws as one likes: the normal distribution's, 1.95996, and (z**3 + z) / (4 degrees)
+    assert evaluate.t_quantile(10**5) == pytest.approx(1.9599640 + 2.372e-5, abs=1e-7)
+
+
+def test_the_interval_is_students():
+    losses = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    # mean 7/3, standard deviation sqrt(7/3): 4.302653 * sqrt(7/3 / 3) to either side
+    half = 4.302652729749 * (7 / 9) ** 0.5
+    low, high = Score(losses).interval
+    assert (low, high) == pytest.approx((7 / 3 - half, 7 / 3 + half))
+    assert Score(losses, exponential=True).interval == (math.exp(low), math.exp(high))
+    assert all(math.isnan(end) for end in Score(losses[:1]).interval)
+    assert "3 sequences" in repr(Score(losses))
+    assert f"{Score(losses):.2f}" == "2.33"
+
+
+@pytest.mark.parametrize("count", [4, 33])
+def test_the_interval_covers_95_percent(count):
+    """Of normal losses exactly; 4000 trials have a standard deviation of 0.35%."""
+    draws = torch.randn(4000, count, dtype=torch.float64, generator=generator(1))
+    covered = sum(low <= 0 <= high for low, high in (Score(row).interval for row in draws))
+    assert abs(covered / 4000 - 0.95) < 4 * 0.0035
+
+
+def test_the_first_sequences_are_compared_one_by_one():
+    recorded = Score(torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64), exponential=True)
+    first = recorded.first(2)
+    assert first.losses.tolist() == [1, 2]
+    assert first.exponential
+    measured = Score(torch.tensor([1.01, 1.9], dtype=torch.float64))
+    assert deviation(measured, recorded) == pytest.approx(0.05)
+    for count in (0, 4):
+        with pytest.raises(ValueError, match=f"3 .*{count}"):
+            recorded.first(count)
+    with pytest.raises(ValueError, match="3 .*4"):
+        deviation(Score(torch.ones(4, dtype=torch.float64)), recorded)
 
 
 def test_paired_differences_are_narrower():

@@ -32,7 +32,7 @@ MAKES = {"llama": tiny_llama, "gpt2": tiny_gpt2}
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
-    """Runs are compared bit for bit here; tests/package/test_devices.py has the command line elsewhere."""
+    """Runs are compared bit for bit; test_devices.py has the command line elsewhere."""
     monkeypatch.setenv("CHAPTER13_DEVICE", "cpu")
 
 

@@ -1,0 +1,82 @@
+"""The one clock and the one measure of memory of all measuring programs.
+
+    seconds(work)                the time of one call, until the device has done it
+    medians(ours, theirs)        median times of several, called in turn
+    with memory() as used: ...   the bytes held before, and at most while it ran
+
+On a CPU memory is that of this process, as Linux counts it; on a GPU what PyTorch has allocated
+there.
+"""
+
+import gc
+import re
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+CPU = torch.device("cpu")
+
+
+def wait(device):
+    """Until a GPU has done what it was told; the CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(work, device=CPU):
+    """The time that one call of `work` takes."""
+    wait(device)
+    start = time.perf_counter()
+    work()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def medians(*sides, runs=5, device=CPU):
+    """The median seconds of each function, called in turn; the first round only warms up."""
+    rounds = []
+    for _ in range(runs + 1):
+        gc.collect()
+        rounds.append([seconds(side, device) for side in sides])
+    return [median(times) for times in zip(*rounds[1:], strict=True)]
+
+
+@dataclass
+class Memory:
+    """Bytes held before a piece of work, and at most during it: what was there before included."""
+
+    before: int
+    peak: int = 0
+
+    @property
+    def extra(self):
+        """At most beyond what was there before."""
+        return max(0, self.peak - self.before)
+
+
+@contextmanager
+def memory(device=CPU):
+    """The memory that the lines inside held; complete when they end."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        used = Memory(torch.cuda.memory_allocated(device))
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins at what is held now
+        used = Memory(process_bytes("VmRSS"))
+    yield used
+    if device.type == "cuda":
+        used.peak = torch.cuda.max_memory_allocated(device)
+    else:
+        used.peak = process_bytes("VmHWM")
+
+
+def process_bytes(field, process="self"):
+    """A size that Linux reports of a process: VmRSS now, VmHWM at most, RssAnon, RssFile."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024
