@@ -13,7 +13,7 @@ NOTEBOOKS := $(wildcard notebooks/[0-9][0-9]_*.ipynb)
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=600 --nbval-sanitize-with=tests/nbval_sanitize.cfg
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test test-gpu data rerun reset lint mutants results bench bench-gpu bench-large peers bench-peers llama fuzz pictures slides slides-pdf present pins clean
+.PHONY: help setup lab test test-gpu data rerun reset lint mutants results bench bench-gpu bench-large peers llama fuzz pictures slides slides-pdf present pins clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,7 +65,7 @@ results: data ## measure every row of the summary table that is missing or out o
 	$(BIN)/python -m tools.table
 
 bench: data ## measure speed side by side with the reference libraries
-	$(BIN)/python tools/bench.py
+	$(BIN)/python -m tools.bench
 
 bench-gpu: setup ## measure the methods on a GPU; stops where there is none
 	@$(BIN)/python tools/gpu.py
@@ -106,9 +106,6 @@ install-autogptq install-gptqmodel: install-%:
 		-r tools/peers/$*.txt || { \
 		echo "The installation is not complete: see above. It needs the network; make peers takes it up again."; exit 1; }
 	@touch .peers/$*/installed
-
-bench-peers: data peers ## quantize the whole model with ours and with both libraries, side by side
-	$(BIN)/python tools/bench_peers.py
 
 # built from source (some 5 minutes on 2 cores), in an environment of its own
 LLAMA := .peers/llamacpp/bin/python

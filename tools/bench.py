@@ -1,46 +1,39 @@
-"""`make bench`: what the course computes, timed beside what a reader would use instead.
+"""`make bench`: speed and memory side by side with the reference libraries.
 
-Each comparison alternates the two sides in one run and prints medians and their ratio, so a busy
-machine slows both. The results go to data/results.json (keys "bench/..."), and from there into the
-README's table.
+The medians of several runs, ours and the other's in turn; a matrix of the largest shape in a 7B
+model, the sliders of the explorers, and whole models (tools/bench_models.py).
 
-    python tools/bench.py            everything
-    python tools/bench.py nf4 import     only these: int8, nf4, packing, sliders, import, models
+    python -m tools.bench                everything
+    python -m tools.bench nf4 sliders    only these: int8, nf4, packing, sliders, import, models
 """
 
-import gc
-import os
 import statistics
 import subprocess
 import sys
-import threading
-import time
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from chapter13 import quantize_absmax, quantize_codebook, quantize_per_channel, results
+from chapter13 import (
+    models,
+    quantize_absmax,
+    quantize_codebook,
+    quantize_model,
+    quantize_per_channel,
+    results,
+)
 from chapter13.packing import pack, packed_size, unpack
+from tools import bench_models, markdown, measure
 
-sys.path.insert(0, str(results.FILE.parent.parent))  # a script finds its own folder alone
-from tools import bench_models, readme
-
+TARGET = "make bench"
 SHAPE = (11008, 4096)  # the largest matrix of a 7B model's MLP
-SECTION = readme.section("bench", "make bench")
+SECTION = markdown.section("bench", TARGET)
+MODELS_SECTION = markdown.section("bench models", TARGET)
 
 
-def medians(*sides, runs=5):
-    """Median seconds of each function, called in turn; the first round only warms up."""
-    times = [[] for _ in sides]
-    for run in range(runs + 1):
-        for side, seconds in zip(sides, times, strict=True):
-            gc.collect()
-            start = time.perf_counter()
-            side()
-            if run:
-                seconds.append(time.perf_counter() - start)
-    return [statistics.median(seconds) for seconds in times]
+def keys():
+    """The records that this program writes."""
+    return {f"bench/{name}" for name in BENCHES}
 
 
 def matrix(dtype=torch.float32):
@@ -55,15 +48,16 @@ def bench_int8():
         return (weight / scale).round().clamp(-128, 127).to(torch.int8), scale
 
     assert torch.equal(quantize_per_channel(weight)[0], plain()[0])
-    ours, theirs = medians(lambda: quantize_per_channel(weight), plain)
-    packed, _ = medians(lambda: quantize_absmax(weight, 8, "channel"), plain)
-    extra = peak_extra_bytes(lambda: quantize_per_channel(weight)) / weight.nbytes
-    plain_extra = peak_extra_bytes(plain) / weight.nbytes
+    ours, theirs = measure.medians(lambda: quantize_per_channel(weight), plain)
+    packed, _ = measure.medians(lambda: quantize_absmax(weight, 8, "channel"), plain)
+    extra, plain_extra = (
+        extra_memory(work) / weight.nbytes for work in (lambda: quantize_per_channel(weight), plain)
+    )
     show("INT8 per channel", ours, theirs, "three torch operations")
     show("the same, in a QuantizedTensor", packed, theirs, "three torch operations")
     print(f"{'':34}peak memory beyond the matrix: {extra:.2f} of it, against {plain_extra:.2f}")
-    results.record(
-        "bench/int8",
+    record(
+        "int8",
         {
             "ours_ms": ms(ours),
             "quantized_tensor_ms": ms(packed),
@@ -83,7 +77,7 @@ def bench_nf4():
     assert torch.equal(quantize_codebook(weight).packed, packed.view(-1))
     measured = {}
     for kind, double in (("nf4", False), ("nf4", True), ("fp4", False)):
-        ours, theirs = medians(
+        ours, theirs = measure.medians(
             lambda kind=kind, double=double: quantize_codebook(weight, kind, double_quant=double),
             lambda kind=kind, double=double: reference.quantize_4bit(
                 weight, blocksize=64, quant_type=kind, compress_statistics=double
@@ -98,14 +92,14 @@ def bench_nf4():
             "ratio": ratio(theirs, ours),
         }
     quantized, state = quantize_codebook(weight), reference.quantize_4bit(weight, quant_type="nf4")
-    ours, theirs = medians(quantized.dequantize, lambda: reference.dequantize_4bit(*state))
+    ours, theirs = measure.medians(quantized.dequantize, lambda: reference.dequantize_4bit(*state))
     show("NF4 back to float32", ours, theirs, "bitsandbytes")
     measured["nf4_dequantize"] = {
         "ours_ms": ms(ours),
         "bitsandbytes_ms": ms(theirs),
         "ratio": ratio(theirs, ours),
     }
-    results.record("bench/nf4", measured, ("bitsandbytes",))
+    record("nf4", measured, ("bitsandbytes",))
 
 
 def bench_packing():
@@ -114,7 +108,7 @@ def bench_packing():
     for bits in range(2, 9):
         codes = torch.randint(2**bits, (count,), dtype=torch.uint8)
         packed = pack(codes, bits).clone()
-        copy, packing, unpacking = medians(
+        copy, packing, unpacking = measure.medians(
             codes.clone,
             lambda b=bits, c=codes: pack(c, b),
             lambda b=bits, p=packed: unpack(p, b, count),
@@ -129,7 +123,7 @@ def bench_packing():
             f"plain copy {speed['copy']:5.2f} GB/s"
         )
         measured[f"{bits}_bits_gb_per_s"] = speed
-    results.record("bench/packing", measured)
+    record("packing", measured)
 
 
 def bench_import():
@@ -144,7 +138,7 @@ def bench_import():
 
     beyond = statistics.median(seconds("import chapter13") for _ in range(5))
     print(f"import chapter13, beyond torch and numpy: {beyond * 1e3:.1f} ms")
-    results.record("bench/import", {"beyond_torch_ms": ms(beyond)})
+    record("import", {"beyond_torch_ms": ms(beyond)})
 
 
 def bench_sliders():
@@ -177,22 +171,19 @@ def bench_sliders():
             "median_ms": round(median, 1),
             "slowest_ms": round(slowest, 1),
         }
-    results.record("bench/sliders", measured, ("matplotlib", "ipywidgets"))
+    record("sliders", measured, ("matplotlib", "ipywidgets"))
 
 
 def bench_whole_models():
     quantizing = {}
     for method in ("absmax", "nf4"):
-        from chapter13 import models, quantize_model
-
         model = models.load(device="cpu")[0]
-        start = time.perf_counter()
-        quantize_model(model, method, progress=False)
-        quantizing[f"quantize_{method}_s"] = round(time.perf_counter() - start, 2)
+        quantize = partial(quantize_model, model, method, progress=False)
+        quantizing[f"quantize_{method}_s"] = round(measure.seconds(quantize), 2)
     print(f"the embedded model's linear layers to 4 bits: {quantizing}")
     measured = bench_models.bench() | quantizing
     packages = ("bitsandbytes", "torchao", "transformers")
-    results.record("bench/models", measured, packages)
+    record("models", measured, packages)
 
 
 def moves(panel):
@@ -201,9 +192,7 @@ def moves(panel):
     for name, control in panel.controls.items():
         for value in positions(control):
             panel.set(**start)
-            begin = time.perf_counter()
-            panel.set(**{name: value})
-            yield (time.perf_counter() - begin) * 1e3
+            yield measure.seconds(partial(panel.set, **{name: value})) * 1e3
 
 
 def positions(control):
@@ -225,29 +214,23 @@ def positions(control):
     return values[:: max(1, len(values) // 7)][:7]
 
 
-def readme_section(records):
-    """The README's table of speeds, from data/results.json."""
+def layer_section(records):
+    """The table of speeds on one matrix and of the explorers, from data/results.json."""
     int8, nf4, packing = (records[f"bench/{name}"] for name in ("int8", "nf4", "packing"))
     sliders = {
         name: times["median_ms"]
         for name, times in records["bench/sliders"].items()
-        if name != "environment"
+        if isinstance(times, dict) and "median_ms" in times
     }
     small, large = (
         [median for name, median in sliders.items() if shape in name]
         for shape in ("1536 x 576", "4096 x 4096")
     )
-    slowest_pack = min(
-        speed["pack"] for bits, speed in packing.items() if bits[0] in "234567" and "bits" in bits
-    )
+    slowest_pack = min(packing[f"{bits}_bits_gb_per_s"]["pack"] for bits in range(2, 8))
     four = packing["4_bits_gb_per_s"]
     copies = [packing[f"{bits}_bits_gb_per_s"]["copy"] for bits in range(2, 9)]
-    environments = [records[f"bench/{name}"]["environment"] for name in BENCHES]
-    where = environments[0]
-    versions = where["versions"] | environments[1]["versions"]
     rows = [
         ("what", "chapter13", "beside it", "ratio"),
-        ("---",) * 4,
         *(
             (
                 f"{what} of {SHAPE[0]} x {SHAPE[1]} weights",
@@ -300,23 +283,20 @@ def readme_section(records):
             "",
         ),
     ]
-    table = readme.table(rows)
-    return (
-        f"Medians on {where['machine']}, torch {versions['torch']}, "
-        f"bitsandbytes {versions['bitsandbytes']}, {where['date']}. "
-        f"`make bench` measures yours.\n\n{table}\n\n{models_section(records['bench/models'])}"
-    )
+    where = markdown.where(records["bench/nf4"]["environment"], "torch", "bitsandbytes")
+    return f"{markdown.table(rows)}\n\nMedians; {where}.\n"
 
 
-def models_section(record):
+def models_section(records):
     """Tokens per second of whole models, a row a format, from data/results.json."""
-    where, speed = record["environment"], record["bandwidth_gb_per_s"]
+    record = records["bench/models"]
     small, large = record["smollm2-135m"], record["7B blocks"]
     rows = [
-        ("format", "embedded model", "peak memory", "two blocks of a 7B model", "bound", "memory"),
-        ("---",) * 6,
+        ("format", "embedded model", "peak memory", "two blocks of a 7B model", "bound", "memory")
     ]
-    for kind in sorted(small, key=list(bench_models.FORMATS).index):
+    for kind in bench_models.MEASURED:
+        if kind not in small:  # bitsandbytes' kernel needs AVX512-BF16
+            continue
         one, two = small[kind], large[kind]
         rows.append(
             (
@@ -328,46 +308,21 @@ def models_section(record):
                 f"{two['weights_mb']:.0f} MB",
             )
         )
-    table = readme.table(rows)
+    where = markdown.where(record["environment"], "torch", "bitsandbytes", "torchao")
     return (
-        f"Whole models, one token at a time (batch 1, {where['machine']}, {where['date']}). The "
-        f"bound is how often the memory, at {speed} GB/s, can deliver the weights of the two "
-        "blocks; what the cache keeps may come faster. All linear layers of the embedded model go "
-        f"to 4 bits in {record['quantize_absmax_s']} s (absmax) and {record['quantize_nf4_s']} s "
-        "(NF4). With 4 bits ours dequantizes in plain torch: it saves memory and costs time, since "
-        "torch has no fast look-up in a table of 16 values. A fused kernel "
-        "(`chapter13/whole_model/fused.py`, "
-        "`fuse(model)`) multiplies the codes: torch's own for int4, and for NF4 that of "
-        "bitsandbytes, which needs AVX512-BF16 and which we call, not outperform; both compute in "
-        'bfloat16. "Plain" is what bitsandbytes does on other processors; there `fuse` borrows its '
-        "dequantization alone. Formats that are the same stand together, ours first.\n\n"
-        f"{table}\n"
+        f"{markdown.table(rows)}\n\n{where}; memory at {record['bandwidth_gb_per_s']} GB/s. "
+        f"All linear layers of the embedded model to 4 bits: {record['quantize_absmax_s']} s "
+        f"(absmax), {record['quantize_nf4_s']} s (NF4).\n"
     )
 
 
-def peak_extra_bytes(work):
-    """The most memory that `work` held at a time beyond what was there before, result included."""
-    page = os.sysconf("SC_PAGE_SIZE")
-
-    def resident():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * page
-
+def extra_memory(work):
+    """The bytes that `work` held at most beyond what was there before, result included."""
     work()  # what stays allocated after the first call is not counted
-    gc.collect()
-    before, peak, done = resident(), 0, threading.Event()
-
-    def watch():
-        nonlocal peak
-        while not done.wait(0.001):
-            peak = max(peak, resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    kept = work()
-    done.set()
-    watcher.join()
+    with measure.memory() as used:
+        kept = work()
     del kept
-    return max(0, peak - before)
+    return used.extra
 
 
 def show(what, ours, theirs, whose):
@@ -375,6 +330,10 @@ def show(what, ours, theirs, whose):
         f"{what:34}{ours * 1e3:8.1f} ms   {whose} {theirs * 1e3:8.1f} ms   "
         f"{theirs / ours:5.1f} times as fast"
     )
+
+
+def record(name, measured, packages=()):
+    results.record(f"bench/{name}", measured, TARGET, packages)
 
 
 def ms(seconds):
@@ -403,8 +362,9 @@ def main(names):
     for name in names or BENCHES:
         BENCHES[name]()
     records = results.load()
-    if all(f"bench/{name}" in records for name in BENCHES):
-        readme.write(SECTION, readme_section(records))
+    if keys() <= set(records):
+        markdown.write(SECTION, layer_section(records))
+        markdown.write(MODELS_SECTION, models_section(records))
 
 
 if __name__ == "__main__":

@@ -4,11 +4,10 @@ Writes checkpoints with random weights in bfloat16, in several files: one of the
 1B (but for the vocabulary, which is the embedded model's), and one with two blocks of the shape of
 Llama 2 7B. Quantizes them with `python -m chapter13`, interrupts and kills it on the way, and
 watches its memory from outside: anonymous pages are what a run really adds; pages of mapped files
-are given back when others need the memory. Goes to data/results.json ("cli/..."), and from
-there into the README.
+are given back when others need the memory. Goes to data/results.json ("cli/...").
 
-    python tools/bench_large.py                 everything, in a temporary folder
-    python tools/bench_large.py gptq --work DIR     only this: example, absmax, gptq, seven
+    python -m tools.bench_large                     everything, in a temporary folder
+    python -m tools.bench_large gptq --work DIR     only this: example, absmax, gptq, seven
 """
 
 import argparse
@@ -28,12 +27,13 @@ import torch
 
 from chapter13 import results
 from chapter13.fetch.download import require
+from tools import markdown
+from tools.measure import process_bytes
 
-sys.path.insert(0, str(results.FILE.parent.parent))  # a script finds its own folder alone
-from tools import readme
-
-SECTION = readme.section("large", "make bench-large")
-KEY = "cli/"  # and the stage: each was measured on a machine and a day of its own
+TARGET = "make bench-large"
+EXAMPLE = markdown.section("example", TARGET, "README.md")
+LARGE = markdown.section("large", TARGET)
+SEVEN = markdown.section("seven", TARGET)
 SHAPES = {  # blocks, hidden size, of the MLP, heads, of them with keys and values of their own
     "1b": (16, 2048, 8192, 32, 8),
     "7b": (2, 4096, 11008, 32, 32),
@@ -116,7 +116,7 @@ class Run:
         start, cpu = time.perf_counter(), _cpu_seconds()
         process = subprocess.Popen(
             [*command, "--method", method],
-            cwd=readme.FILE.parent,
+            cwd=markdown.ROOT,
             # a shell's background jobs ignore SIGINT, and so would this one
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
@@ -133,13 +133,10 @@ class Run:
 
     def _note(self, pid, finished, seconds):
         try:
-            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        except OSError:
+            sizes = [process_bytes(field, pid) for field in ("RssAnon", "RssFile")]
+        except (OSError, TypeError):  # it has just ended
             return
-        pages = {line.split(":")[0]: int(line.split()[1]) for line in lines if "Rss" in line}
-        if "RssAnon" not in pages:
-            return
-        anonymous, files = pages["RssAnon"] // 1000, pages["RssFile"] // 1000
+        anonymous, files = (size // 1_000_000 for size in sizes)
         self.anonymous_mb = max(self.anonymous_mb, anonymous)
         self.file_mb = max(self.file_mb, files)
         self.total_mb = max(self.total_mb, anonymous + files)
@@ -247,7 +244,7 @@ def bench_example(work):
     command = [sys.executable, "-m", "chapter13", "evaluate", str(work / "smollm2-gptq")]
     printed = subprocess.run(
         [*command, "--reference", "smollm2-135m"],
-        cwd=readme.FILE.parent,
+        cwd=markdown.ROOT,
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -272,67 +269,57 @@ def checkpoint(work, shape):
     return folder
 
 
-def readme_section(records):
-    """What the README says about it, from data/results.json: of the stages that were measured."""
-    stages = {stage: records[KEY + stage] for stage in STAGES if KEY + stage in records}
-    return "\n".join(text(stages) for stage, text in TEXTS.items() if stage in stages)
+def keys():
+    """The records that this program writes."""
+    return {f"cli/{stage}" for stage in STAGES}
 
 
-def example_text(stages):
-    example = stages["example"]
+METHODS = {"absmax": "absmax", "gptq": "GPTQ, 16 x 256 tokens"}
+
+
+def example_section(records):
+    """What the README's two commands print, from data/results.json."""
+    example = records["cli/example"]
     printed = "\n".join(example["printed"])
-    return (
-        f"The first took {example['seconds']:.0f} seconds on {example['environment']['machine']}, "
-        f"the second prints\n\n```\n{printed}\n```\n"
-    )
+    where = markdown.where(example["environment"])
+    took = f"The first command took {example['seconds']:.0f} seconds"
+    return f"```\n{printed}\n```\n\n{took}; {where}.\n"
 
 
-def large_text(stages):
-    methods = {name: stages[name] for name in METHODS if name in stages}
-    rows = [("", *(METHODS[method] for method in methods)), ("---",) * (1 + len(methods))]
+def large_section(records):
+    """The table of a model of a billion parameters, from data/results.json."""
+    methods = {name: records[f"cli/{name}"] for name in METHODS}
+    rows = [("", *METHODS.values())]
 
     def row(what, value):
         rows.append((what, *(value(one) for one in methods.values())))
 
-    row("machine", lambda one: f"{one['environment']['machine']}, {one['environment']['date']}")
-    row("torch", lambda one: one["environment"]["versions"]["torch"])
-    row("time", lambda one: f"{one['seconds'] / 60:.1f} minutes")
-    row("time of a processor", lambda one: f"{one['cpu_seconds'] / 60:.1f} minutes")
-    row("memory of its own while blocks are quantized", lambda one: f"{_blocks(one)} MB")
-    row("at most, loading and writing included", lambda one: f"{one['anonymous_mb']} MB")
+    row("machine", lambda one: markdown.where(one["environment"], "torch"))
+    row("elapsed time", lambda one: f"{one['seconds'] / 60:.1f} minutes")
+    row("CPU time", lambda one: f"{one['cpu_seconds'] / 60:.1f} minutes")
+    row("anonymous memory while blocks are quantized", lambda one: f"{_blocks(one)} MB")
+    row("anonymous memory at most", lambda one: f"{one['anonymous_mb']} MB")
     row("pages of mapped files beside it", lambda one: f"{one['file_mb']} MB")
     row("written", lambda one: f"{one['out_mb']} MB")
-    words = "absmax was interrupted on the way and killed later: the same bytes as unbroken."
-    if "gptq" in methods:
-        words += " GPTQ was broken off likewise, and went on; its time is that of all three runs."
-    return (
-        "A model of a billion parameters (`make bench-large`): the shape of Llama 3.2 1B with the "
-        "embedded model's vocabulary, 1.07 billion random weights in bfloat16, in 9 files, 2.1 GB. "
-        "Time is by the clock, on a machine that may have had other work; that of a processor is "
-        "the run's own. Pages of mapped files are taken back by the system when others need the "
-        f"memory; what a run needs is memory of its own.\n\n{readme.table(rows)}\n\n{words}\n"
-    )
+    return f"{markdown.table(rows)}\n"
 
 
-def seven_text(stages):
-    seven, where = stages["seven"]["methods"], stages["seven"]["environment"]
-    rows = [("", *(METHODS[method] for method in seven)), ("---",) * (1 + len(seven))]
+def seven_section(records):
+    """The table of a 7B model, extrapolated from two of its blocks, from data/results.json."""
+    record = records["cli/seven"]
+    methods = record["methods"]
+    rows = [("", *(METHODS[method] for method in methods))]
 
     def row(what, value):
-        rows.append((what, *(value(one) for one in seven.values())))
+        rows.append((what, *(value(one) for one in methods.values())))
 
     row("a block, measured", lambda one: f"{one['seconds_per_block']:.0f} s")
-    row("memory of its own, at most, measured", lambda one: f"{one['anonymous_mb']} MB")
+    row("anonymous memory at most, measured", lambda one: f"{one['anonymous_mb']} MB")
     row(f"{BLOCKS_OF_7B} blocks, extrapolated", lambda one: _long(one["seconds_of_7b"]))
-    return (
-        f"And 7B, on {where['machine']}, extrapolated from two blocks of the shape of Llama 2 7B: "
-        f"the time of the second times {BLOCKS_OF_7B}, that of writing by its share, and loading. "
-        f"Memory is that of a block, however many there are.\n\n{readme.table(rows)}\n"
-    )
+    return f"{markdown.table(rows)}\n\n{markdown.where(record['environment'], 'torch')}\n"
 
 
-TEXTS = {"example": example_text, "absmax": large_text, "seven": seven_text}
-METHODS = {"absmax": "absmax", "gptq": "GPTQ, 16 x 256 tokens"}
+SECTIONS = {EXAMPLE: example_section, LARGE: large_section, SEVEN: seven_section}
 
 
 def _blocks(one):
@@ -356,8 +343,12 @@ def main(arguments=None):
         work = args.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         for stage in args.stages or STAGES:
-            results.record(KEY + stage, STAGES[stage](work), ("transformers", "safetensors"))
-            readme.write(SECTION, readme_section(results.load()))
+            packages = "transformers", "safetensors"
+            results.record(f"cli/{stage}", STAGES[stage](work), TARGET, packages)
+    records = results.load()
+    if keys() <= set(records):
+        for section, text in SECTIONS.items():
+            markdown.write(section, text(records))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ that differences can be paired. Its cost: bits per weight of the linear layers a
 model, from the bytes held; the time and peak memory of quantizing; time per token at batch 1.
 
 A row goes to data/results.json ("table/...") as soon as it is measured: an interrupted run can be
-taken up again. The STUDIES of tools/formats.py ("study/...") are measured the same way, their
-quality alone. A row is current as long as its options, the tokens, the versions of the libraries
-and the code that it really ran are the same; comments and docstrings may change.
+taken up again. The STUDIES of tools/formats.py ("study/...") are measured the same way, only their
+quality, on the first 8 of the sequences. A row is current as long as its options, the tokens, the
+versions of the libraries and the code that it really ran are the same; comments and docstrings may
+change.
 
     python -m tools.table                           what is missing or out of date
     python -m tools.table --only cost               the costs alone, on a quiet machine
@@ -52,6 +53,7 @@ LOADING = ("models.py", "corpus.py", "wiki.py")  # what they load is compared it
 KEYS = {kind.name: f"table/{kind.name}" for kind in TABLE}
 KEYS |= {kind.name: f"study/{kind.name}" for kind in STUDIES}
 PARTS_OF = dict.fromkeys(KEYS, PARTS) | {kind.name: ("quality",) for kind in STUDIES}
+SEQUENCES = dict.fromkeys(KEYS, corpus.EVALUATION[0]) | {kind.name: 8 for kind in STUDIES}
 SECTION = markdown.section("table", TARGET, "README.md")
 
 
@@ -63,9 +65,9 @@ def keys():
 # --- one row, in a process of its own --------------------------------------------------------
 
 
-def reference(tokenizer):
+def reference(tokenizer, sequences):
     """The evaluation tokens, and the file with the float32 model's predictions, made if need be."""
-    tokens = corpus.evaluation_tokens(tokenizer)
+    tokens = corpus.evaluation_tokens(tokenizer, sequences)
     name = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:12]
     path = WORK / f"reference-{name}"
     if not path.exists():
@@ -83,7 +85,7 @@ def measure_part(row, part):
     if part == "cost":
         measured = cost(made)
     else:
-        tokens, path = reference(tokenizer)
+        tokens, path = reference(tokenizer, SEQUENCES[row.name])
         scores = profile.runcall(
             evaluate.perplexity_and_kl, made.model, path, tokens, progress=False
         )
@@ -172,7 +174,7 @@ def fingerprint(row, part, files):
         sources,
         [results.version_of(name) for name in packages],
         inputs(),
-        TOKENS if part == "cost" else "",
+        TOKENS if part == "cost" else SEQUENCES[row.name],
     ]
     return hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]
 
@@ -215,8 +217,9 @@ def measure_all(rows, parts, again):
         # Times are taken one by one. Predictions come sooner from several processes with a thread
         # each than from one whose threads wait for each other.
         jobs = (os.cpu_count() or 1) if part == "quality" else 1
-        if todo and part == "quality":
-            reference(models.load(MODEL, device="cpu")[1])
+        if part == "quality":
+            for sequences in {SEQUENCES[row.name] for row in todo}:
+                reference(models.load(MODEL, device="cpu")[1], sequences)
         with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), desc=part, unit="row") as bar:
             rows_of = {pool.submit(run, part, jobs > 1, row): row for row in todo}
             try:
