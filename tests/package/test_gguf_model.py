@@ -23,7 +23,7 @@ from chapter13.gguf_blocks import plain, quantize, read
 from chapter13.gguf_model import FILE_TYPES, gguf_name, interleave, rope_factors, write_model
 from chapter13.quantize import quantize_absmax
 from chapter13.whole_model.linear import QuantizedLinear
-from tools import llamacpp, readme
+from tools import llamacpp
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "llamacpp.json").read_text(encoding="utf-8"))
 
@@ -149,12 +149,6 @@ def test_what_make_llama_recorded():
         assert found["perplexity llama.cpp"] == pytest.approx(
             (-recorded.mean()).exp().item(), rel=5.1e-4
         )
-
-
-def test_readme_is_not_stale():
-    assert readme.read(llamacpp.SECTION) == llamacpp.readme_section(results.load()), (
-        "stale: run `make llama`"
-    )
 
 
 def tiny(**changes) -> LlamaForCausalLM:

@@ -18,11 +18,11 @@ from safetensors import safe_open
 from tiny import TOKENS, sharded, tiny_gpt2, tiny_llama
 
 from chapter13 import __main__ as command
-from chapter13 import corpus, folders, models, quantize_model, results
+from chapter13 import corpus, folders, models, quantize_model
 from chapter13.fetch.download import CHECKOUT
 from chapter13.whole_model import blockwise
 from chapter13.whole_model.linear import QuantizedLinear
-from tools import bench_large, readme
+from tools import bench_large, markdown
 
 # the few words of the test's tokenizer make poor calibration text, which is said
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens span")
@@ -612,19 +612,13 @@ def test_help_and_no_command(capsys):
 
 
 def test_the_readmes_commands_are_commands():
-    text = readme.FILE.read_text(encoding="utf-8")
+    text = (markdown.ROOT / "README.md").read_text(encoding="utf-8")
     lines = re.findall(r"(?m)^(?:\S*/)?python -m chapter13 (.+)$", text)
     assert len(lines) >= 2
     for line in lines:
         args = command._parser().parse_args(shlex.split(line))
         if args.run is command.quantize_command:
             command._check_options(command._parser(), args)
-
-
-def test_the_readmes_measurement_is_not_stale():
-    assert readme.read(bench_large.SECTION) == bench_large.readme_section(results.load()), (
-        "stale: run `make bench-large`"
-    )
 
 
 def test_a_checkpoint_is_made_of_what_the_index_says(tmp_path, monkeypatch):

@@ -11,18 +11,19 @@ from chapter13 import results
 def test_records_are_merged_by_key(tmp_path):
     path = tmp_path / "results.json"
     assert results.load(path) == {}
-    results.record("a", {"seconds": 1.5}, path=path)
-    results.record("b", {"seconds": 2.5}, ("pillow",), path=path)
-    results.record("a", {"seconds": 3.5}, path=path)
+    results.record("a", {"seconds": 1.5}, "make a", path=path)
+    results.record("b", {"seconds": 2.5}, "make b", ("pillow",), path=path)
+    results.record("a", {"seconds": 3.5}, "make a", path=path)
     records = results.load(path)
     assert records["a"]["seconds"] == 3.5
     assert records["b"]["seconds"] == 2.5
+    assert records["b"]["target"] == "make b"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_what_a_record_says_of_its_environment(tmp_path):
     path = tmp_path / "results.json"
-    results.record("a", {}, ("no-such-package",), path=path)
+    results.record("a", {}, "make a", ("no-such-package",), path=path)
     environment = results.load(path)["a"]["environment"]
     assert environment["versions"]["torch"] == torch.__version__.split("+")[0] or (
         environment["versions"]["torch"] == torch.__version__
@@ -34,10 +35,10 @@ def test_what_a_record_says_of_its_environment(tmp_path):
 
 def test_an_interrupted_write_loses_nothing(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
-    results.record("a", {"seconds": 1}, path=path)
+    results.record("a", {"seconds": 1}, "make a", path=path)
     before = path.read_bytes()
     with pytest.raises(TypeError):  # what JSON cannot hold
-        results.record("b", {"seconds": torch}, path=path)
+        results.record("b", {"seconds": torch}, "make b", path=path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -47,7 +48,7 @@ def test_a_broken_file_is_not_overwritten(tmp_path, text):
     path = tmp_path / "results.json"
     path.write_text(text)
     with pytest.raises(ValueError, match="restore it from git, or delete it"):
-        results.record("a", {}, path=path)
+        results.record("a", {}, "make a", path=path)
     assert path.read_text() == text
 
 

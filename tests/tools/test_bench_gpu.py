@@ -1,10 +1,10 @@
-"""What `make bench-gpu` measures, with a CPU in the GPU's place; the README's tables of it."""
+"""What `make bench-gpu` measures, with a CPU in the GPU's place."""
 
 import pytest
 import torch
 
-from chapter13 import results
-from tools import bench_gpu, readme
+from tools import bench_gpu
+from tools.formats import FORMATS
 
 CPU = torch.device("cpu")
 SHAPE = bench_gpu.LLAMA_2_7B | {
@@ -17,38 +17,33 @@ SHAPE = bench_gpu.LLAMA_2_7B | {
 }
 
 
-def test_readme_is_not_stale():
-    assert readme.read(bench_gpu.SECTION) == bench_gpu.readme_section(results.load()), (
-        "stale: run `make bench-gpu`"
-    )
-
-
 def test_it_stops_where_there_is_no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="finds no GPU.*Nothing was measured"):
         bench_gpu.main()
 
 
-@pytest.mark.parametrize("kind", ["bf16", "ours int8 weights", "ours nf4"])
+@pytest.mark.parametrize(
+    "kind", ["BF16", "INT8 weights, per channel, in bfloat16", "NF4, in bfloat16"]
+)
 def test_a_large_model_is_measured(kind):
-    measured = bench_gpu.measure_format(kind, CPU, SHAPE)
+    measured = bench_gpu.measure_large(kind, CPU, SHAPE)
     assert measured["ms_per_token"] > 0
     model = bench_gpu.large_model(CPU, SHAPE)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     whole = sum(p.nbytes for p in model.parameters()) / 1e6
     assert measured["weights_mb"] <= whole + 0.1
-    assert (measured["weights_mb"] < 0.8 * whole) == (kind != "bf16")
+    assert (measured["weights_mb"] < 0.8 * whole) == (kind != "BF16")
 
 
 def test_the_model_that_rows_are_made_from_stays_as_it_was():
     source = bench_gpu.large_model(CPU, SHAPE).float()
     before = {name: tensor.clone() for name, tensor in source.state_dict().items()}
-    rows = {row.name: row for row in bench_gpu.ROWS}
-    assert set(bench_gpu.ON_GPU) <= set(rows)
+    assert set(bench_gpu.ON_GPU) <= set(FORMATS)
+    assert set(bench_gpu.LARGE) <= set(FORMATS)
     tokens = torch.randint(100, (2, 32), generator=torch.Generator().manual_seed(0))
-    measured = bench_gpu.measure_row(
-        rows["INT4 affine, groups of 64"], source, None, tokens, source
-    )
+    name = "INT4 affine, groups of 64"
+    measured = bench_gpu.measure_row(name, source, None, tokens, source)
     assert measured["kl"]["value"] > 0
     assert all(torch.equal(source.state_dict()[name], old) for name, old in before.items())
 

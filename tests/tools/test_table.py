@@ -1,4 +1,4 @@
-"""`make results`: what stands, what is out of date, what is told; and the README's table."""
+"""`make results`: which rows are current or out of date, and what is reported."""
 
 import ast
 import dataclasses
@@ -6,52 +6,62 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from chapter13 import results
-from tools import peers, readme, table
-from tools.table_rows import MAKERS, ROWS, Row
+from chapter13 import corpus, results
+from chapter13.evaluate import Score
+from tools import formats, peers, table
+from tools.formats import FORMATS, MAKERS, STUDIES, TABLE, Format
 
-ROW = Row("a row", "affine", "ours", {"method": "affine", "bits": 4, "group_size": 64})
+ROW = Format("a row", "affine", "ours", {"method": "affine", "bits": 4, "group_size": 64})
 FILES = ["chapter13/integer.py", "chapter13/packing.py"]
 
 
-def test_readme_is_not_stale():
-    assert readme.read(table.SECTION) == table.readme_section(results.load()), (
-        "stale: run `make results`"
-    )
-
-
 def test_every_row_is_measured_and_no_other():
-    records = {key for key in results.load() if key.startswith(table.KEY)}
-    assert records == {table.KEY + row.name for row in ROWS}
-    for key in records:
-        assert set(table.PARTS) < set(results.load()[key]), key
+    records = {key: each for key, each in results.load().items() if each["target"] == table.TARGET}
+    assert set(records) == table.keys()
+    for name, key in table.KEYS.items():
+        assert set(table.PARTS_OF[name]) <= set(records[key]), name
 
 
-def test_rows_are_sound():
-    names = [row.name for row in ROWS]
-    assert len(set(names)) == len(names)
-    assert {row.maker for row in ROWS} == set(MAKERS)
-    assert set(table.IN_README) <= set(names)
+def test_formats_are_sound():
+    listed = [*TABLE, *STUDIES, *formats.KERNELS]
+    assert len(FORMATS) == len(listed)  # each name once
+    assert {kind.maker for kind in listed} == set(MAKERS)
+    assert set(table.IN_README) <= {row.name for row in TABLE}
 
 
 def test_all_see_the_same_tokens():
-    losses = {
-        len(record["quality"][measure]["losses"])
-        for key, record in results.load().items()
-        if key.startswith(table.KEY)
-        for measure in ("perplexity", "kl")
-    }
-    assert losses == {table.EVALUATION[0]}
-    assert table.EVALUATION[0] * (table.EVALUATION[1] - 1) > 16_000
+    records = results.load()
+    for name, key in table.KEYS.items():
+        for score in ("perplexity", "kl"):
+            losses = records[key]["quality"][score]["losses"]
+            assert len(losses) == table.SEQUENCES[name], name
+    assert {table.SEQUENCES[row.name] for row in TABLE} == {corpus.EVALUATION[0]}
+    assert corpus.EVALUATION[0] * (corpus.EVALUATION[1] - 1) > 16_000
+
+
+def test_recorded_intervals_are_those_of_the_losses():
+    for key in table.KEYS.values():
+        quality = results.load()[key]["quality"]
+        for name in ("perplexity", "kl"):
+            losses = torch.tensor(quality[name]["losses"], dtype=torch.float64)
+            low, high = Score(losses, exponential=name == "perplexity").interval
+            # losses are kept to 6 digits behind the point, intervals to 5
+            slack = 1e-5 + 2e-6 * (high if name == "perplexity" else 1)
+            assert quality[name]["interval"] == pytest.approx([low, high], abs=slack), key
 
 
 @pytest.fixture
 def known_inputs(monkeypatch):
     monkeypatch.setattr(table, "inputs", lambda: "the same model and tokens")
+    names = ("a row", "bad", "absent")
+    monkeypatch.setattr(table, "KEYS", {name: f"table/{name}" for name in names})
+    monkeypatch.setattr(table, "PARTS_OF", dict.fromkeys(names, table.PARTS))
+    monkeypatch.setattr(table, "SEQUENCES", dict.fromkeys(names, 33))
 
 
-def test_a_row_stands_until_what_it_depends_on_changes(known_inputs, monkeypatch, tmp_path):
+def test_a_row_is_current_until_what_it_depends_on_changes(known_inputs, monkeypatch, tmp_path):
     monkeypatch.setattr(table, "ROOT", tmp_path)
     (tmp_path / "chapter13").mkdir()
     source = "def f(x):\n    return x + 1\n"
@@ -61,30 +71,31 @@ def test_a_row_stands_until_what_it_depends_on_changes(known_inputs, monkeypatch
     def recorded(row=ROW):
         mark = table.fingerprint(row, "cost", FILES)
         cost = {"files": FILES, "fingerprint": mark}
-        return {table.KEY + row.name: {"cost": cost, "family": row.family}}
+        return {f"table/{row.name}": {"cost": cost, "family": row.family}}
 
     records = recorded()
-    assert table.stands(records, ROW, "cost")
-    assert not table.stands(records, ROW, "quality")
-    assert not table.stands({}, ROW, "cost")
+    assert table.is_current(records, ROW, "cost")
+    assert not table.is_current(records, ROW, "quality")
+    assert not table.is_current({}, ROW, "cost")
     other = dataclasses.replace(ROW, options=ROW.options | {"bits": 3})
-    assert not table.stands(records, other, "cost")
+    assert not table.is_current(records, other, "cost")
 
     words = '"""What it does."""\n\n\ndef f(x):\n    """Adds."""\n    # one\n    return x + 1\n'
     (tmp_path / FILES[0]).write_text(words)
-    assert table.stands(records, ROW, "cost"), "words change nothing"
+    assert table.is_current(records, ROW, "cost"), "words change nothing"
     (tmp_path / FILES[0]).write_text(source.replace("1", "2"))
-    assert not table.stands(records, ROW, "cost")
+    assert not table.is_current(records, ROW, "cost")
     (tmp_path / FILES[0]).unlink()
-    assert not table.stands(records, ROW, "cost")
+    assert not table.is_current(records, ROW, "cost")
     (tmp_path / FILES[0]).write_text(source)
-    assert table.stands(records, ROW, "cost")
+    assert table.is_current(records, ROW, "cost")
 
-    monkeypatch.setattr(results, "version_of", lambda name: "another")
-    assert not table.stands(records, ROW, "cost")
-    monkeypatch.undo()
+    with monkeypatch.context() as other:
+        other.setattr(results, "version_of", lambda name: "another")
+        assert not table.is_current(records, ROW, "cost")
+    assert table.is_current(records, ROW, "cost")
     monkeypatch.setattr(table, "inputs", lambda: "other tokens")
-    assert not table.stands(records, ROW, "cost")
+    assert not table.is_current(records, ROW, "cost")
 
 
 def test_only_words_are_dropped(tmp_path, monkeypatch):
@@ -106,7 +117,7 @@ def test_what_fails_is_told_and_the_rest_is_kept(known_inputs, monkeypatch, tmp_
     monkeypatch.setattr(results, "record", lambda *args: write(*args, path=file))
     good = ROW
     bad = dataclasses.replace(ROW, name="bad", options={"method": "no such"})
-    absent = Row("absent", "libraries", "peer", {"library": "autogptq", "options": ()})
+    absent = Format("absent", "libraries", "peer", {"library": "autogptq", "options": ()})
 
     def missing(peer):
         raise peers.NoPeer(f"{peer} is not installed: run `make peers`")
@@ -126,7 +137,6 @@ def test_what_fails_is_told_and_the_rest_is_kept(known_inputs, monkeypatch, tmp_
         words = "Loading\n" + json.dumps(measured)
         return SimpleNamespace(returncode=code, stdout=words, stderr="no such method")
 
-    monkeypatch.setattr(table, "ROWS", [bad, absent, good])
     monkeypatch.setattr(peers, "python", missing)
     monkeypatch.setattr(table, "subprocess", SimpleNamespace(run=run))
     failed = table.measure_all([bad, absent, good], ["cost"], again=False)
@@ -135,13 +145,13 @@ def test_what_fails_is_told_and_the_rest_is_kept(known_inputs, monkeypatch, tmp_
     record = results.load()["table/a row"]
     assert record["cost"]["bits_per_weight"] == 4.3
     assert record["cost"]["environment"] == where
-    assert table.stands(results.load(), good, "cost")
+    assert table.is_current(results.load(), good, "cost")
     said = capsys.readouterr()
     assert "bad was not measured: no such method" in said.out + said.err
     assert "autogptq is not installed: run `make peers`" in said.out + said.err
 
     def never(*args, **options):
-        raise AssertionError("measured although it stands")
+        raise AssertionError("measured although it is current")
 
     monkeypatch.setattr(table, "subprocess", SimpleNamespace(run=never))
     assert table.measure_all([good], ["cost"], again=False) == []
@@ -151,4 +161,6 @@ def test_unknown_rows_are_refused(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["table", "NF5"])
     with pytest.raises(SystemExit):
         table.main()
-    assert "no row 'NF5'; there are: FP32, FP16" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "'NF5'" in message
+    assert "FP32" in message
