@@ -22,9 +22,11 @@ from pathlib import Path
 
 import torch
 
-from chapter13 import checkpoint, corpus, evaluate, folders, models
+from chapter13 import checkpoint, corpus, evaluate, folders, models, summary
+from chapter13.fetch.download import require
 from chapter13.gptq_words import BITS, FORMATS, check_shape
 from chapter13.memory import linear_bytes
+from chapter13.model_files import load_tokenizer
 from chapter13.quantize import LEARNED, ROUNDING, check_groups, quantize_model, report
 from chapter13.tables import CODE_BOOKS
 from chapter13.whole_model.layers import check_all_reached, linear_layers, weight_of
@@ -110,23 +112,63 @@ def _quantize(model, tokenizer, text: str | None, args: argparse.Namespace, fold
 
 
 def evaluate_command(args: argparse.Namespace) -> None:
-    """Prints perplexity and, beside a reference, KL divergence, with 95% intervals."""
+    """Prints perplexity and, beside a reference, KL divergence, with 95% intervals.
+
+    With `args.recorded` also what the summary table has of the same sequences.
+    """
+    recorded = _recorded(args)
     if args.reference:
         folders.kind(args.reference)  # an error now, not when the model has been read
     model, tokenizer = _open(args.model, args.device)
     tokens = corpus.evaluation_tokens(tokenizer, args.sequences, args.length)
+    if recorded and not torch.equal(tokens, _embedded_tokens(args.sequences)):
+        raise ValueError(
+            f"{args.model} has another tokenizer than {models.EMBEDDED}, with which the summary "
+            "table was measured: leave out --recorded"
+        )
     _check_length(model.config, args.length)
     reference = args.reference and _open(args.reference, args.device)[0]
     print(report(model))
-    if not reference:
-        print(f"perplexity: {evaluate.perplexity(model, tokens)!r}")
-        return
-    ours, divergence = evaluate.perplexity_and_kl(model, reference, tokens)
+    if reference:
+        ours, divergence = evaluate.perplexity_and_kl(model, reference, tokens)
+    else:
+        ours, divergence = evaluate.perplexity(model, tokens), None
     print(f"perplexity: {ours!r}")
-    theirs = evaluate.perplexity(reference, tokens)
-    print(f"perplexity of the reference: {theirs!r}")
-    print(f"difference, nats per token: {evaluate.difference(ours, theirs)!r}")
-    print(f"KL divergence, nats per token: {divergence!r}")
+    if reference:
+        theirs = evaluate.perplexity(reference, tokens)
+        print(f"perplexity of the reference: {theirs!r}")
+        print(f"difference, nats per token: {evaluate.difference(ours, theirs)!r}")
+        print(f"KL divergence, nats per token: {divergence!r}")
+    if recorded:
+        print(f"recorded, {recorded.name}, on the same sequences:")
+        _compare("perplexity", ours, recorded.perplexity)
+        if divergence:
+            _compare("KL divergence, nats per token", divergence, recorded.kl)
+
+
+def _recorded(args: argparse.Namespace) -> summary.Row | None:
+    """The row to compare with; ValueError, before any work, if these sequences are not in it."""
+    if args.recorded is None:
+        return None
+    sequences, length = corpus.EVALUATION
+    if args.length != length or args.sequences > sequences:
+        raise ValueError(
+            f"--recorded compares with the summary table's {sequences} sequences of {length} "
+            f"tokens, not with {args.sequences} of {args.length}: leave out --length, and take "
+            f"{sequences} --sequences at most"
+        )
+    return summary.row(args.recorded)
+
+
+def _embedded_tokens(sequences: int) -> torch.Tensor:
+    tokenizer = load_tokenizer(str(require(models.EMBEDDED)), {"local_files_only": True})
+    return corpus.evaluation_tokens(tokenizer, sequences)
+
+
+def _compare(what: str, measured: evaluate.Score, recorded: evaluate.Score) -> None:
+    recorded = recorded.first(len(measured.losses))
+    print(f"    {what}: {recorded!r}")
+    print(f"    difference, nats per token: {evaluate.difference(measured, recorded)!r}")
 
 
 _open = folders.open_model
@@ -373,8 +415,9 @@ def _parser() -> argparse.ArgumentParser:
     add = measure.add_argument
     add("model", metavar="MODEL", help="name, hub id or folder")
     add("--reference", metavar="MODEL", help="the model before it was quantized")
-    add("--sequences", type=_positive, default=16, metavar="N", help="default: 16")
-    add("--length", type=_positive, default=256, metavar="N", help="tokens of each (default: 256)")
+    add("--sequences", type=_positive, default=8, metavar="N", help="default: 8")
+    add("--length", type=_positive, default=512, metavar="N", help="tokens of each (default: 512)")
+    add("--recorded", metavar="ROW", help="compare with this row of the summary table")
     add("--device", type=_device, help=DEVICE)
     return parser
 

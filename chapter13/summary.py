@@ -5,6 +5,7 @@ sequence, so that two rows can be compared pair by pair. `OPT` and `LLAMA` hold 
 larger models beside it.
 """
 
+import difflib
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +69,15 @@ def rows(records: dict[str, dict] | None = None) -> dict[str, Row]:
     if not found:
         raise ValueError("data/results.json holds no table: run `make results`")
     return {row.name: row for row in sorted(found, key=lambda row: (row.bits_per_weight, row.name))}
+
+
+def row(name: str) -> Row:
+    """One row of data/results.json. Raises ValueError, with similar names, if there is none."""
+    found = rows()
+    if name not in found:
+        similar = difflib.get_close_matches(name, found, n=3, cutoff=0.4) or list(found)[:3]
+        raise ValueError(f"the summary table has no row {name!r}; similar: {'; '.join(similar)}")
+    return found[name]
 
 
 def _row(name: str, record: dict) -> Row:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from safetensors import safe_open
 from tiny import TOKENS, sharded, tiny_gpt2, tiny_llama
 
 from chapter13 import __main__ as command
-from chapter13 import corpus, folders, models, quantize_model
+from chapter13 import corpus, evaluate, folders, models, quantize_model, summary
 from chapter13.fetch.download import CHECKOUT
 from chapter13.whole_model import blockwise
 from chapter13.whole_model.linear import QuantizedLinear
@@ -162,6 +164,63 @@ def test_evaluate(llama, method, tmp_path, capsys):
     assert run("evaluate", llama, "--reference", llama, *size) == 0
     divergence = re.search(r"KL divergence, nats per token: (\S+)", capsys.readouterr().out)[1]
     assert abs(float(divergence)) < 1e-12  # the same logits: what is left is float64's own
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """A summary table with one row, of 33 sequences that each lose 3 nats, 0.5 of them as KL."""
+    losses = torch.full((33,), 3.0, dtype=torch.float64)
+    row = SimpleNamespace(
+        name="NF4",
+        perplexity=evaluate.Score(losses, exponential=True),
+        kl=evaluate.Score(losses / 6),
+    )
+    monkeypatch.setattr(summary, "rows", lambda: {"NF4": row, "NF4, double quantization": row})
+    monkeypatch.setattr(corpus, "EVALUATION", (33, 16))
+
+
+def test_evaluate_beside_a_recorded_row(llama, recorded, capsys, monkeypatch):
+    asked = ["--sequences", "3", "--length", "16", "--recorded", "NF4"]
+    monkeypatch.setattr(command, "_embedded_tokens", lambda n: own_tokens(llama, n, 16))
+    assert run("evaluate", llama, "--reference", llama, *asked) == 0
+    printed = capsys.readouterr().out
+    _, *lines = printed.partition("recorded, NF4")[2].splitlines()
+    numbers = [float(line.partition(": ")[2].split()[0]) for line in lines]
+    assert all("3 sequences" in line for line in lines)
+    perplexity = float(re.search(r"perplexity: (\S+)", printed)[1])
+    # printed to four digits
+    assert numbers[0] == pytest.approx(math.exp(3), rel=1e-3)
+    assert numbers[1] == pytest.approx(math.log(perplexity) - 3, abs=1e-3)
+    assert numbers[2:] == pytest.approx([0.5, -0.5], rel=1e-3)  # its KL to itself is 0
+
+
+def own_tokens(folder, sequences, length):
+    tokenizer = models.load(str(folder), device="cpu")[1]
+    return corpus.evaluation_tokens(tokenizer, sequences, length)
+
+
+@pytest.mark.parametrize(
+    ("asked", "facts"),
+    [
+        (["--recorded", "NF5"], ["'NF5'", "NF4"]),
+        (["--recorded", "NF4", "--length", "8"], ["33", "16", "--length"]),
+        (["--recorded", "NF4", "--sequences", "34"], ["33", "34"]),
+    ],
+)
+def test_what_is_not_recorded_is_said_before_the_work(llama, recorded, asked, facts, capsys):
+    line = refused(capsys, "evaluate", llama / "nothing", "--length", "16", *asked)
+    assert all(fact in line for fact in facts)
+
+
+def test_another_tokenizer_is_not_compared(llama, recorded, capsys, monkeypatch):
+    monkeypatch.setattr(command, "_embedded_tokens", lambda n: torch.ones(n, 16).long())
+    line = refused(capsys, "evaluate", llama, "--length", "16", "--recorded", "NF4")
+    assert "tokenizer" in line
+    assert "--recorded" in line
+
+
+def test_the_embedded_tokens_are_the_tables():
+    assert torch.equal(command._embedded_tokens(2), own_tokens(models.EMBEDDED, 2, 512))
 
 
 NEVER = [  # (what is wrong, words of the message); told before the model is looked at
