@@ -14,6 +14,7 @@ from chapter13 import memory, results
 from chapter13.evaluate import Score
 
 KEY = "table/"
+STUDY = "study/"
 
 # Perplexity on WikiText-2: parameters in billions -> full precision, 4 bits rounded to nearest,
 # 4 bits by GPTQ; one scale for each row of a weight. Frantar et al. 2022, table 3.
@@ -71,6 +72,20 @@ def rows(records: dict[str, dict] | None = None) -> dict[str, Row]:
     return {row.name: row for row in sorted(found, key=lambda row: (row.bits_per_weight, row.name))}
 
 
+def studies(records: dict[str, dict] | None = None) -> dict[str, Score]:
+    """name -> KL, on the first 8 texts, of what `make results` measured beside the table.
+
+    "4 x news": GPTQ with clip search after 4 calibration sequences of 256 tokens; "order 1": GPTQ
+    with its 16 sequences in another order; "AWQ, 2 x 128 tokens". Empty if nothing was measured.
+    """
+    records = results.load() if records is None else records
+    return {
+        key.removeprefix(STUDY): _score(record, "kl")
+        for key, record in records.items()
+        if key.startswith(STUDY)
+    }
+
+
 def row(name: str) -> Row:
     """One row of data/results.json. Raises ValueError, with similar names, if there is none."""
     found = rows()
@@ -82,18 +97,22 @@ def row(name: str) -> Row:
 
 def _row(name: str, record: dict) -> Row:
     cost, quality = record["cost"], record["quality"]
-    losses = {key: torch.tensor(quality[key]["losses"]).double() for key in ("perplexity", "kl")}
     kept = ("bits_per_weight", "size_mb", "quantize_s", "quantize_peak_mb")
     run = ("tokens_per_s", "run_peak_mb")
     return Row(
         name,
         record["family"],
         **{key: cost[key] for key in (*kept, *run)},
-        perplexity=Score(losses["perplexity"], exponential=True),
-        kl=Score(losses["kl"]),
+        perplexity=_score(record, "perplexity"),
+        kl=_score(record, "kl"),
         machine=quality["environment"]["machine"],
         date=quality["environment"]["date"],
     )
+
+
+def _score(record: dict, name: str) -> Score:
+    losses = torch.tensor(record["quality"][name]["losses"], dtype=torch.float64)
+    return Score(losses, exponential=name == "perplexity")
 
 
 def front(rows: dict[str, Row]) -> list[Row]:

@@ -82,12 +82,17 @@ def silence_libraries():
 # --- makers ----------------------------------------------------------------------------------
 
 
-def calibration_tokens(tokenizer, source="news", sequences=corpus.CALIBRATION[0], order=None):
+def calibration_tokens(
+    tokenizer,
+    source="news",
+    sequences=corpus.CALIBRATION[0],
+    length=corpus.CALIBRATION[1],
+    order=None,
+):
     """Tokens of "news" or of "encyclopedia" articles that evaluation never sees.
 
     `order`: a seed that puts the sequences in another order.
     """
-    length = corpus.CALIBRATION[1]
     if source == "news":
         tokens = corpus.calibration_tokens(tokenizer, sequences, length)
     else:
@@ -404,8 +409,17 @@ STUDIES += [
     )
     for seed in range(1, 6)
 ]
+STUDIES.append(
+    Format(
+        "AWQ, 2 x 128 tokens",
+        "AWQ",
+        "ours",
+        learned("awq", calibration={"sequences": 2, "length": 128}),
+    )
+)
 """What notebook 06 asks: GPTQ with clip search after 1 to 128 sequences of two kinds of text (16 of
-news are in the table), and GPTQ with its 16 sequences in other orders. Only quality is measured."""
+news are in the table), GPTQ with its 16 sequences in other orders; and AWQ with little text, for
+notebook 09. Only quality is measured."""
 
 KERNELS = [
     Format(

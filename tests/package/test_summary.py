@@ -47,6 +47,18 @@ def record(kl):
     return {"family": "affine", "cost": cost, "quality": quality}
 
 
+def test_studies_are_no_rows(monkeypatch):
+    records = {"table/a": record(0.1), "study/1 x news": record(0.4), "bench/int8": {}}
+    assert {name: score.value for name, score in summary.studies(records).items()} == {
+        "1 x news": pytest.approx(0.6)
+    }
+    assert list(summary.rows(records)) == ["a"]
+    monkeypatch.setattr(summary.results, "load", lambda: records)
+    assert summary.row("a").kl.value == pytest.approx(0.15)
+    with pytest.raises(ValueError, match="'b'.*a"):
+        summary.row("b")
+
+
 def test_rows_of_records():
     halves = record(0.3)
     del halves["cost"]
