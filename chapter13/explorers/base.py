@@ -73,9 +73,11 @@ _READOUT = (
     "font-size: 15px; line-height: 1.45; margin: 4px 0; border-collapse: collapse; "
     "font-variant-numeric: tabular-nums"
 )
-_CELL = "padding: 0 20px 0 0; border: 0; text-align: left; vertical-align: top"
+_CELL = "padding: 0 14px 0 0; border: 0; text-align: left; vertical-align: top"
 _LABEL = f"{_CELL}; font-weight: normal; white-space: nowrap"
 _VALUE = f"{_CELL}; white-space: pre-wrap"
+# room for the longest value that a slider shows, or its track would change while it is dragged
+_SLIDERS = "<style>.widget-hslider .widget-readout { min-width: 7.4em }</style>"
 
 
 class Readout(str):
@@ -288,7 +290,8 @@ class Explorer(widgets.VBox):
         with self._picture.hold_sync():
             self._picture.value = png
             self._picture.tooltip = alt
-        self._text.value = readout.html if isinstance(readout, Readout) else _paragraph(readout)
+        shown = readout.html if isinstance(readout, Readout) else _paragraph(readout)
+        self._text.value = _SLIDERS + shown
 
     def _repr_mimebundle_(self, **kwargs):
         """The widget, and beside it what a viewer without a kernel shows: picture and readout."""

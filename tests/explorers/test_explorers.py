@@ -350,7 +350,7 @@ def test_a_readout_in_a_browser(toy):
         '<tr><th scope="row">&emsp;&lt;scale&gt;</th><td>1 &amp; 2</td></tr></tbody></table>'
     )
     toy.set(bits=5)
-    assert toy._text.value == toy.readout.html
+    assert toy._text.value.endswith(toy.readout.html)
 
 
 def test_long_values_of_a_readout_are_wrapped():
