@@ -5,7 +5,7 @@ by any method, and the words for how many weights share a scale.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -210,19 +210,12 @@ def quantize(
 # --- choosing a layer -------------------------------------------------------------------------
 
 
-def explore(
-    weights: torch.Tensor | Mapping[str, torch.Tensor],
-    controls: dict,
-    prepare: Callable,
-    view: Callable,
-    figure,
-    description: str = "layer",
-    **options,
-) -> Explorer:
+def explore(weights, controls, prepare, view, figure, description="layer", **options) -> Explorer:
     """An Explorer of one weight, or of several to choose from.
 
-    prepare: weight -> what no control changes, which is the first argument of `view`; the others
-    are the controls' values. `description`: what the choice is called. `options`: as `choose`.
+    weights: a tensor, or a dict of name -> tensor. controls: name -> control, for keywords of
+    `view`. prepare: weight -> what none of these changes, which is the first argument of `view`.
+    description: what the choice of a weight is called. options: as `choose`.
     Raises as `prepare` for a single weight; for one of several the panel shows its error.
     """
     if not isinstance(weights, Mapping):
@@ -232,19 +225,11 @@ def explore(
     return choose(choices, load, controls, view, figure, **options)
 
 
-def choose(
-    choices: dict,
-    load: Callable,
-    controls: dict,
-    view: Callable,
-    figure,
-    kept: float = 2,
-    loading: str = "",
-) -> Explorer:
+def choose(choices, load, controls, view, figure, kept=2, loading="") -> Explorer:
     """An Explorer of what the controls `choices` choose, at the settings of the other `controls`.
 
     load: the choices' values -> what is then the first argument of `view`. The last `kept` of them
-    stay in memory. `loading`: what the panel says meanwhile, if that takes seconds.
+    stay in memory. loading: what the panel says meanwhile, if that takes seconds.
     """
     loaded = {}
 
