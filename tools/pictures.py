@@ -34,7 +34,7 @@ STORY = [
 
 def frames(page, panel):
     """(picture, milliseconds) after each key of the story, each when the panel has answered."""
-    readout = panel.locator("pre")
+    readout = panel.locator(".widget-html-content")
     for slider, key, times, milliseconds in STORY:
         row = panel.locator(".widget-hslider").filter(has_text=slider)
         for _ in range(times):

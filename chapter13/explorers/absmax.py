@@ -8,13 +8,13 @@ level ends and the next begins; counts and errors follow from there.
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache, partial
 
 import ipywidgets as widgets
 import numpy as np
 import torch
 
-from chapter13.explorers.base import Explorer, lines, outlier_slider
+from chapter13.explorers.base import lines
+from chapter13.explorers.layers import checked, explore, outlier_slider, relative_and_db
 from chapter13.integer import quantize_absmax
 from chapter13.measures import max_abs_error
 from chapter13.models import linear_weights
@@ -24,7 +24,7 @@ from chapter13.plots.absmax import AbsmaxFigure
 BINS = 121  # odd: zero lies in the middle of a bin
 # The error histogram is made of so many weights, evenly spaced in their order; every number in the
 # readout is of all. Below torch's threshold for threads, whose start takes longer than the work.
-DRAWN = 30_000
+IN_HISTOGRAM = 30_000
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,8 @@ class View:
 
 
 def prepare(weight: torch.Tensor) -> Layer:
-    """Everything about a weight that no control changes. Raises as `quantize_absmax`."""
-    quantize_absmax(weight)  # says what is wrong with a weight, before anything else fails on it
-    flat = weight.detach().float().cpu().flatten()
+    """Everything about a weight of any shape that no control changes. Raises as `checked`."""
+    flat = checked(weight).flatten()
     position = int(flat.abs().argmax())
     largest = flat[position].item()
     limit = 4.5 * flat.std(correction=0).item() or 2 * abs(largest) or 1.0
@@ -130,7 +129,7 @@ def view(layer: Layer, bits: int, outlier: float) -> View:
     noise = max(noise, 0.0)  # of exact weights rounding may leave less than nothing
     weights = len(others) + 1
     mse = (noise + max_abs_error(largest, grid.dequantize()) ** 2) / weights
-    sqnr = 10 * math.log10(layer.energy / noise) if noise else math.inf
+    _, sqnr = relative_and_db(noise / weights, math.sqrt(layer.energy / weights))
 
     # the largest error on a level is at one of its ends
     held = counts > 0
@@ -143,7 +142,7 @@ def view(layer: Layer, bits: int, outlier: float) -> View:
     zeros = math.floor(1000 * counts[zero].item() / weights) / 1000
     nbytes = packed_size(weights, bits) + grid.scale.nbytes
 
-    drawn = torch.cat([others[:: len(others) // DRAWN + 1], largest])
+    drawn = torch.cat([others[:: len(others) // IN_HISTOGRAM + 1], largest])
     errors = (drawn - quantize_absmax(drawn, bits).dequantize()).numpy()
     readout = lines(
         ("largest weight", f"{float(f'{largest.item():.3g}'):,g}"),
@@ -183,21 +182,12 @@ def explore_absmax(weight=None):
     """A panel: bits and the strength of one outlier, on a weight quantized with one absmax scale.
 
     weight: a tensor of any shape; or a dict of name -> tensor to choose from; or None for the
-    linear layers of the embedded model. Raises as `quantize_absmax` for a single tensor; what is
-    wrong with one of several is said when it is chosen.
+    linear layers of the embedded model. Raises as `checked` for a single tensor; what is wrong
+    with one of several is said when it is chosen.
     """
     controls = {
         "bits": widgets.IntSlider(8, 2, 8, description="bits"),
         "outlier": outlier_slider(),
     }
-    if isinstance(weight, torch.Tensor):
-        return Explorer(controls, partial(view, prepare(weight)), AbsmaxFigure())
-
-    weights = linear_weights() if weight is None else dict(weight)
-    prepared = lru_cache(maxsize=2)(lambda name: prepare(weights[name]))
-    layer = widgets.Dropdown(options=list(weights), description="layer")
-
-    def compute(layer, bits, outlier):
-        return view(prepared(layer), bits, outlier)
-
-    return Explorer({"layer": layer, **controls}, compute, AbsmaxFigure())
+    weights = linear_weights() if weight is None else weight
+    return explore(weights, controls, prepare, view, AbsmaxFigure())

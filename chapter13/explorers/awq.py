@@ -9,6 +9,7 @@ import torch
 
 from chapter13.awq import RATIOS, scales, search_scale
 from chapter13.explorers.base import Explorer, lines
+from chapter13.explorers.layers import GroupSizeSlider
 from chapter13.plots.awq import AwqFigure
 
 
@@ -74,9 +75,7 @@ def explore_awq(layers: dict[str, tuple[torch.Tensor, torch.Tensor]]):
         "layer": widgets.Dropdown(options=list(layers), description="layer"),
         "r": widgets.SelectionSlider(options=list(RATIOS), value=0.5, description="r"),
         "bits": widgets.IntSlider(4, 2, 8, description="bits"),
-        "group_size": widgets.SelectionSlider(
-            options=["channel", 64, 32, 16], value=64, description="group size"
-        ),
+        "group_size": GroupSizeSlider(["channel", 64, 32, 16], 64),
     }
 
     @lru_cache(maxsize=64)

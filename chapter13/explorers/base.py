@@ -18,7 +18,6 @@ An explorer is three things, each of which can be read and tested alone:
         alt: str
 
     def compute(weight, bits, group_size):
-        group_size = None if group_size == "tensor" else group_size     # see below
         quantized = quantize_absmax(weight, bits, group_size)   # its ValueError says what to do
         error = mse(weight, quantized.dequantize())
         return View(
@@ -30,8 +29,7 @@ An explorer is three things, each of which can be read and tested alone:
     def explore_bits(weight):
         controls = {
             "bits": widgets.IntSlider(8, 2, 8, description="bits"),
-            "group_size": widgets.SelectionSlider(
-                options=["tensor", "channel", 64, 32], description="group size"),
+            "group_size": GroupSizeSlider([None, "channel", 64, 32], None),  # from layers.py
         }
         return Explorer(controls, partial(compute, weight), BarsFigure())
 
@@ -40,7 +38,6 @@ An explorer is three things, each of which can be read and tested alone:
     panel.snapshots([{"bits": 8}, {"bits": 3}])   # a static picture for those who only read,
     panel.table([{"bits": 8}, {"bits": 3}])       # and the readouts side by side
 
-ipywidgets reads the value None as "nothing selected", so an option cannot be None.
 The names of the controls are the keyword arguments of the function. `panel.view` is the last view,
 `panel.settings` the controls' values, `panel.readout` the text that is shown.
 
@@ -49,13 +46,14 @@ dealt with the last one.
 """
 
 import html
+import textwrap
 
 import ipywidgets as widgets
 import numpy as np
 from IPython.display import display
 from traitlets import TraitError, Unicode
 
-from chapter13.explorers.table import Table
+from chapter13.explorers.table import Table, escaped
 from chapter13.plots.picture import (
     Picture,
     caption,
@@ -66,25 +64,59 @@ from chapter13.plots.picture import (
     style,
 )
 
+LINE = 88  # characters, at most, of a readout's line of text
+
+# A readout in the browser. Each row has a unit of its own, so values begin below each other, and
+# nothing but the digits moves when one becomes longer; digits are of one width. The colors are the
+# page's own, light or dark.
+_READOUT = (
+    "font-size: 15px; line-height: 1.45; margin: 4px 0; border-collapse: collapse; "
+    "font-variant-numeric: tabular-nums"
+)
+_CELL = "padding: 0 14px 0 0; border: 0; text-align: left; vertical-align: top"
+_LABEL = f"{_CELL}; font-weight: normal; white-space: nowrap"
+_VALUE = f"{_CELL}; white-space: pre-wrap"
+# room for the longest value that a slider shows, or its track would change while it is dragged
+_SLIDERS = "<style>.widget-hslider .widget-readout { min-width: 7.4em }</style>"
+
 
 class Readout(str):
-    """A readout's text; `rows` holds the (label, value) pairs that it was made of."""
+    """(label, value) pairs as text, a line each, values aligned and long ones wrapped.
 
-    def __new__(cls, text, rows):
-        readout = super().__new__(cls, text)
-        readout.rows = tuple(rows)
+    `rows` are the pairs, values as str; `html` is a table of them. A space at which no line may
+    break is written as "\\xa0".
+    """
+
+    def __new__(cls, rows):
+        rows = tuple((label, str(value)) for label, value in rows)
+        width = 2 + max(len(label) for label, _ in rows)
+        break_line = "\n" + " " * width
+        text = "\n".join(
+            label.ljust(width) + break_line.join(textwrap.wrap(value, LINE - width))
+            for label, value in rows
+        )
+        readout = super().__new__(cls, text.replace("\xa0", " "))
+        readout.rows = rows
         return readout
+
+    @property
+    def html(self):
+        rows = "".join(
+            f'<tr><th scope="row" style="{_LABEL}">{escaped(label)}</th>'
+            f'<td style="{_VALUE}">{escaped(value)}</td></tr>'
+            for label, value in self.rows
+        )
+        return f'<table style="{_READOUT}"><tbody>{rows}</tbody></table>'
 
 
 def lines(*rows):
-    """(label, value) pairs -> Readout, a line each, values aligned.
+    """(label, value) pairs -> Readout.
 
     >>> print(lines(("bits", 4), ("scale", "0.0125")))
     bits   4
     scale  0.0125
     """
-    width = max(len(label) for label, _ in rows)
-    return Readout("\n".join(f"{label:<{width}}  {value}" for label, value in rows), rows)
+    return Readout(rows)
 
 
 class WordedImage(widgets.Image):
@@ -96,23 +128,6 @@ class WordedImage(widgets.Image):
     description = Unicode("").tag(sync=True)
 
 
-def outlier_slider():
-    """The control that makes the largest weight up to 1024 times larger, 4 steps to a doubling.
-
-    In powers of two: the browser rounds a logarithmic slider's value to its steps and sends it
-    back, and powers of two come back as they were.
-    """
-    return widgets.FloatLogSlider(
-        1,
-        base=2,
-        min=0,
-        max=10,
-        step=0.25,
-        description="outlier: largest weight ×",
-        readout_format=".4r",
-    )
-
-
 class Explorer(widgets.VBox):
     """A panel that shows what `compute(**settings)` returns, at each move of a control.
 
@@ -121,14 +136,17 @@ class Explorer(widgets.VBox):
         reader ("64 does not divide 100") and is shown as such. Any other exception is a mistake of
         ours: it is shown too, and raised.
     figure: a LiveFigure, which is given each view.
+    busy: None, or a function of the settings that says what the panel shows while it computes
+        them; "" for those that take no time.
     """
 
     _parts = ()
 
-    def __init__(self, controls, compute, figure):
+    def __init__(self, controls, compute, figure, busy=None):
         self.controls = dict(controls)
         self.compute = compute
         self.figure = figure
+        self.busy = busy or (lambda **settings: "")
         self.view = None
         self.readout = ""
         self._setting = False  # while `set` moves several controls, nothing is computed
@@ -222,13 +240,15 @@ class Explorer(widgets.VBox):
         try:
             control.value = value
             taken = control.value == value  # a slider silently moves to its nearest end
-        except TraitError:
+        except (TraitError, ValueError):
             taken = False
         if not taken:
             raise ValueError(f"{name} cannot be {value!r}; it takes {_range(control)}")
 
     def _say(self, name, value):
-        return f"{self._title(name)} {self._option(name, value)}"
+        words = self._option(name, value)
+        worded = getattr(self.controls[name], "worded", False)  # "groups of 64" needs no title
+        return words if worded else f"{self._title(name)} {words}"
 
     def _title(self, name):
         return self.controls[name].description.rstrip(":")
@@ -246,6 +266,8 @@ class Explorer(widgets.VBox):
 
     def _refresh(self):
         try:
+            if words := self.busy(**self.settings):
+                self._text.value = _over(words, self._text.value)
             view = self.compute(**self.settings)
             self.figure.update(view)
         except ValueError as error:
@@ -268,10 +290,8 @@ class Explorer(widgets.VBox):
         with self._picture.hold_sync():
             self._picture.value = png
             self._picture.tooltip = alt
-        self._text.value = (
-            '<pre style="font-size: 15px; line-height: 1.45; margin: 4px 0; '
-            f'white-space: pre-wrap; word-break: normal">{html.escape(readout)}</pre>'
-        )
+        shown = readout.html if isinstance(readout, Readout) else _paragraph(readout)
+        self._text.value = _SLIDERS + shown
 
     def _repr_mimebundle_(self, **kwargs):
         """The widget, and beside it what a viewer without a kernel shows: picture and readout."""
@@ -307,6 +327,19 @@ def _range(control):
     if hasattr(control, "min"):
         return f"{control.min:g} to {control.max:g}"
     return f"a {type(control.value).__name__}"
+
+
+def _paragraph(words):
+    """What is said in place of a readout."""
+    return f'<p role="status" style="{_READOUT}">{html.escape(words)}</p>'
+
+
+def _over(words, readout):
+    """Words over a dimmed readout, which keeps its room."""
+    return (
+        '<div style="position: relative"><div style="position: absolute; font-weight: bold">'
+        f'{_paragraph(words)}</div><div style="opacity: 0.25">{readout}</div></div>'
+    )
 
 
 def _heading(text, width):

@@ -4,47 +4,33 @@ At each move the package's quantizer does the whole layer again, which takes a f
 a million weights. Of a larger weight some rows are taken, evenly spaced, and the readout says so.
 """
 
-import math
 from dataclasses import dataclass
-from functools import lru_cache, partial
 
 import ipywidgets as widgets
 import numpy as np
 import torch
 
-from chapter13.codebook import quantize_codebook
-from chapter13.explorers.base import Explorer, lines, outlier_slider
-from chapter13.integer import quantize_absmax, quantize_affine
+from chapter13.explorers.base import lines
+from chapter13.explorers.layers import (
+    METHOD_LABELS,
+    GroupSizeSlider,
+    Layer,
+    drawn,
+    explore,
+    outlier_slider,
+    quantize,
+    relative_and_db,
+    take,
+    with_outlier,
+)
 from chapter13.measures import mse
 from chapter13.models import linear_weights
 from chapter13.plots.codebooks import CodeBookFigure
 from chapter13.tables import CODE_BOOKS
 from chapter13.tensors import QuantizedTensor
 
-MOST = 1 << 21  # weights that are quantized at a move; the embedded model's layers are smaller
 BINS = 121
-DRAWN = 1 << 17  # weights that make the histograms; every number in the readout is of all
-METHODS = {
-    "absmax": "absmax (symmetric)",
-    "affine": "affine (asymmetric)",
-    "nf4": "NF4",
-    "fp4": "FP4",
-}
-GROUP_SIZES = [16, 32, 64, 128, 192, 288, 576, "row"]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What is needed of a weight at every move; made by `prepare`."""
-
-    weight: torch.Tensor
-    """float32 (rows taken, in_features)."""
-    rows: int
-    """The rows of the whole weight."""
-    largest: int
-    """Where the largest element is, in the flattened weight."""
-    energy: float
-    """The mean square of the weight."""
+GROUP_SIZES = [16, 32, 64, 128, 192, 288, 576, "channel"]
 
 
 @dataclass(frozen=True)
@@ -95,54 +81,6 @@ def student_t(shape, degrees, seed=1):
     return torch.randn(shape, generator=generator) / (spread / degrees).sqrt()
 
 
-def prepare(weight: torch.Tensor) -> Layer:
-    """Everything about a weight (out_features, in_features) that no control changes.
-
-    Raises as `quantize_absmax`, and ValueError for a weight that is not a matrix.
-    """
-    quantize_absmax(weight, 8, "channel", torch.float32)  # says what is wrong with it
-    step = -(-weight.numel() // MOST)
-    taken = weight.detach()[::step].float().cpu().contiguous()
-    return Layer(
-        weight=taken,
-        rows=len(weight),
-        largest=int(taken.abs().argmax()),
-        energy=mse(taken, torch.zeros_like(taken)),
-    )
-
-
-def integer_grid(weight, method, bits, group_size) -> QuantizedTensor:
-    """absmax or affine; of scales that float16 cannot hold it says what a panel's reader can do."""
-    quantizer = {"absmax": quantize_absmax, "affine": quantize_affine}[method]
-    try:
-        return quantizer(weight, bits, group_size)
-    except ValueError as error:
-        said = str(error).replace(
-            "use scale_dtype=torch.float32, or method nf4 or fp4, whose scales are float32",
-            "choose NF4 or FP4, whose scales are float32, or give the panel the weights times a "
-            "power of two, which changes no code",
-        )
-        raise ValueError(said) from None
-
-
-def quantize(weight, method, bits, group_size, double_quant) -> QuantizedTensor:
-    """The weight quantized as the controls say; ValueError where they do not fit each other."""
-    if method in ("absmax", "affine"):
-        if double_quant:
-            raise ValueError(
-                f"double quantization packs the float32 absmax values of NF4 and FP4; "
-                f"{method} holds float16 scales. Switch it off, or choose NF4 or FP4"
-            )
-        return integer_grid(weight, method, bits, "channel" if group_size == "row" else group_size)
-    if bits != 4:
-        raise ValueError(
-            f"{METHODS[method]} is a table of 16 values: it takes 4 bits, not {bits}. "
-            "Set bits to 4, or choose absmax or affine"
-        )
-    block_size = weight.shape[1] if group_size == "row" else group_size
-    return quantize_codebook(weight, method, block_size, double_quant)
-
-
 def places(quantized: QuantizedTensor) -> torch.Tensor:
     """Where on [-1, 1] the level of each code of the stored form lies, float32 (2**bits,).
 
@@ -176,15 +114,11 @@ def view(
     layer: Layer, method: str, bits: int, group_size, double_quant: bool, outlier: float
 ) -> View:
     """The weight, its largest element made `outlier` times larger, quantized as the rest says."""
-    weight = layer.weight
-    if outlier != 1:
-        weight = weight.clone()
-        weight.view(-1)[layer.largest] *= outlier
+    weight = with_outlier(layer.weight, layer.largest, outlier)
     quantized = quantize(weight, method, bits, group_size, double_quant)
     approximation = quantized.dequantize()
 
-    relative = math.sqrt(mse(weight, approximation) / layer.energy) if layer.energy else 0.0
-    sqnr = -20 * math.log10(relative) if relative else math.inf
+    relative, sqnr = relative_and_db(mse(weight, approximation), layer.rms)
     at, level_of = places(quantized).unique(return_inverse=True)  # FP4 has two zeros
     stored = quantized.codes().view(-1).view(torch.uint8).bitwise_and_(2**bits - 1)
     code_counts = torch.bincount(stored, minlength=2**bits)
@@ -192,13 +126,13 @@ def view(
     used = counts > 0
     zeros = (approximation.numel() - int(approximation.count_nonzero())) / approximation.numel()
 
-    positions = torch.arange(0, weight.numel(), weight.numel() // DRAWN + 1)
+    positions = drawn(weight.numel())
     x = normalized(weight, quantized, positions)
     bins = ((x + 1) * (BINS / 2)).long().clamp_(0, BINS - 1)
     squared = (weight.view(-1)[positions] - approximation.view(-1)[positions]).double().square_()
     shares = torch.bincount(bins, squared, minlength=BINS) / (squared.sum() or 1.0)
 
-    effective, label = quantized.bits_per_weight, METHODS[method]
+    effective, label = quantized.bits_per_weight, METHOD_LABELS[method]
     rows = [
         ("bits per weight", f"{effective:.4g}: codes {bits}, scales {effective - bits:.3g}"),
         ("smaller than float32", f"{32 / effective:.2f} times"),
@@ -206,9 +140,8 @@ def view(
         ("SQNR", f"{sqnr:.1f} dB"),
         ("levels in use", f"{used.sum()} of {2**bits} codes"),
         ("weights that become 0", f"{zeros:.1%}"),
+        *layer.rows_measured(),
     ]
-    if len(weight) < layer.rows:
-        rows.append(("measured on", f"{len(weight)} of the {layer.rows} rows, evenly spaced"))
     return View(
         method=method,
         bits=bits,
@@ -234,30 +167,19 @@ def explore_codebooks(weight=None):
     """A panel: method, bits, block size, double quantization and one outlier, on any weights.
 
     weight: a matrix (out_features, in_features); or a dict of name -> matrix to choose from; or
-    None for drawn distributions and the linear layers of the embedded model. Raises as
-    `quantize_absmax` for a single matrix; what is wrong with one of several is said when chosen.
+    None for drawn distributions and the linear layers of the embedded model. Raises as `take` for
+    a single matrix; what is wrong with one of several is said when chosen.
     """
     controls = {
         "method": widgets.Dropdown(
-            options=[(label, name) for name, label in METHODS.items()],
+            options=[(label, name) for name, label in METHOD_LABELS.items()],
             value="nf4",
             description="method",
         ),
         "bits": widgets.IntSlider(4, 2, 8, description="bits"),
-        "group_size": widgets.SelectionSlider(
-            options=GROUP_SIZES, value=64, description="weights that share a scale"
-        ),
+        "group_size": GroupSizeSlider(GROUP_SIZES, 64),
         "double_quant": widgets.Checkbox(False, description="double quantization"),
         "outlier": outlier_slider(),
     }
-    if isinstance(weight, torch.Tensor):
-        return Explorer(controls, partial(view, prepare(weight)), CodeBookFigure())
-
-    weights = distributions() | linear_weights() if weight is None else dict(weight)
-    prepared = lru_cache(maxsize=2)(lambda name: prepare(weights[name]))
-    layer = widgets.Dropdown(options=list(weights), description="weights")
-
-    def compute(layer, **settings):
-        return view(prepared(layer), **settings)
-
-    return Explorer({"layer": layer, **controls}, compute, CodeBookFigure())
+    weights = distributions() | linear_weights() if weight is None else weight
+    return explore(weights, controls, take, view, CodeBookFigure(), description="weights")

@@ -1,7 +1,5 @@
 """The explorer of notebook 07: what quantization does to the distribution of a layer's weights."""
 
-import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -12,12 +10,22 @@ import numpy as np
 import torch
 
 from chapter13 import awq, gptq
-from chapter13.codebook import quantize_codebook
 from chapter13.corpus import calibration_tokens
-from chapter13.explorers.base import Explorer, lines, outlier_slider
-from chapter13.explorers.codebooks import METHODS as LABELS
-from chapter13.explorers.codebooks import integer_grid
-from chapter13.integer import quantize_absmax, quantize_affine
+from chapter13.explorers import layers
+from chapter13.explorers.base import Explorer, lines
+from chapter13.explorers.gptq import calibrate
+from chapter13.explorers.layers import (
+    GroupSizeSlider,
+    choose,
+    drawn,
+    explore,
+    outlier_slider,
+    quantize,
+    relative_and_db,
+    take,
+    with_outlier,
+)
+from chapter13.integer import quantize_affine
 from chapter13.measures import max_abs_error, mse
 from chapter13.models import LINEARS, linear_weights, load
 from chapter13.plots.distributions import DistributionsFigure, percent
@@ -25,65 +33,32 @@ from chapter13.tables import CODE_BOOKS
 from chapter13.tensors import QuantizedTensor
 from chapter13.whole_model.walk import Walk
 
-MOST = 1 << 20  # weights; of a larger matrix as many whole rows as make these are shown
-DRAWN = 100_000  # weights that make histograms and Q-Q plot; the readout and the codes are of all
 AWQ_TOKENS = 128  # that judge a scale: it is searched anew at each move
 SEQUENCES, LENGTH = 4, 256  # of calibration text
 # Histograms have 121 bins out to 4.5 standard deviations; zero lies in the middle of a bin.
 EDGES = np.linspace(-4.5, 4.5, 122)
 # 201 probabilities: those with which a normal variable stays below -3.5, -3.465, .. 3.5 sigma
 PROBABILITIES = np.array([NormalDist().cdf(z) for z in np.linspace(-3.5, 3.5, 201)])
-GROUP_SIZES = ["tensor", "channel", 128, 64, 32, 16]
-
-
-def _integer(method):
-    def quantize_weight(weight, bits, group_size):
-        return integer_grid(weight, method, bits, None if group_size == "tensor" else group_size)
-
-    return quantize_weight
-
-
-def _code_book(kind):
-    def quantize_weight(weight, bits, group_size):
-        if bits != 4:
-            raise ValueError(
-                f"{LABELS[kind]} is a table of 16 values: it takes 4 bits, not {bits}. "
-                "Set bits to 4, or choose absmax or affine"
-            )
-        block_size = {"tensor": weight.numel(), "channel": weight.shape[1]}.get(
-            group_size, group_size
-        )
-        return quantize_codebook(weight, kind, block_size)
-
-    return quantize_weight
-
-
-# name -> function of (weight, bits, group size): with LEARNED_METHODS the only list of methods
-METHODS: dict[str, Callable[[torch.Tensor, int, int | str], QuantizedTensor]] = {
-    "absmax": _integer("absmax"),
-    "affine": _integer("affine"),
-    "nf4": _code_book("nf4"),
-    "fp4": _code_book("fp4"),
-}
+GROUP_SIZES = [None, "channel", 128, 64, 32, 16]
 
 
 @dataclass(frozen=True)
 class LayerInputs:
     """What some text brings to a layer."""
 
-    inputs: torch.Tensor
+    x: torch.Tensor
     """float32 (tokens, in_features)."""
     hessian: torch.Tensor
     """(in_features, in_features), of all tokens."""
 
 
-def _gptq(weight, seen, bits, group_size):
-    quantized = gptq.quantize(weight, seen.hessian, bits, group_size)
+def _gptq(weight, inputs, bits, group_size):
+    quantized = gptq.quantize(weight, inputs.hessian, bits, group_size)
     return quantized, quantized.dequantize()
 
 
-def _awq(weight, seen, bits, group_size):
-    x = seen.inputs[:: -(-len(seen.inputs) // AWQ_TOKENS)]
+def _awq(weight, inputs, bits, group_size):
+    x = inputs.x[:: -(-len(inputs.x) // AWQ_TOKENS)]
     activation = x.abs().mean(0)
     outputs = lambda weights: (x @ W.T for W in weights)  # noqa: E731
     s = awq.search_scale(activation, [weight], outputs, bits, group_size).s
@@ -92,22 +67,14 @@ def _awq(weight, seen, bits, group_size):
 
 
 # name -> function of (weight, LayerInputs, bits, group size): (quantized, the approximate weight)
-LEARNED_METHODS = {"gptq": _gptq, "awq": _awq}
-LABELS = LABELS | {"gptq": "GPTQ", "awq": "AWQ (scales alone)"}
+WEIGHT_LEARNERS = {"gptq": _gptq, "awq": _awq}
+METHOD_LABELS = layers.METHOD_LABELS | {"gptq": "GPTQ", "awq": "AWQ (scales alone)"}
 
 
 @dataclass(frozen=True)
-class Layer:
+class Layer(layers.Layer):
     """A weight, and what is needed of it at every move; made by `prepare`."""
 
-    weight: torch.Tensor
-    """float32 (rows, in_features): the whole matrix, or some of its rows if it is large."""
-    out_features: int
-    """Rows of the whole matrix."""
-    largest: int
-    """Where the largest element is, in the flattened weight."""
-    energy: float
-    """The mean square of the weight."""
     sigma: float
     """Standard deviation; 1 where all weights are equal."""
     density: np.ndarray
@@ -115,7 +82,9 @@ class Layer:
     quantiles: np.ndarray
     """The weights' quantiles at PROBABILITIES, in standard deviations."""
     drawn: torch.Tensor
-    """int64: which of the flattened weights are drawn, at most DRAWN."""
+    """int64: which of the flattened weights are drawn."""
+    inputs: Callable[[], LayerInputs] | None
+    """What reaches the layer, asked for when a method first learns from it; None: not known."""
 
 
 @dataclass(frozen=True)
@@ -172,72 +141,57 @@ def count_codes(quantized: QuantizedTensor) -> np.ndarray:
     return counts[: 1 << bits].numpy()
 
 
-def prepare(weight: torch.Tensor) -> Layer:
+def prepare(weight: torch.Tensor, inputs: Callable[[], LayerInputs] | None = None) -> Layer:
     """Everything about a weight (out_features, in_features) that no control changes.
 
-    Raises as `quantize_absmax`, and ValueError for a weight that is not a matrix.
+    inputs: as in a Layer. Raises as `take`.
     """
-    quantize_absmax(weight, group_size="channel", scale_dtype=torch.float32)  # says what is wrong
-    whole = weight.detach().float().cpu().contiguous()
-    weight = whole[_rows(whole)] if whole.numel() > MOST else whole
-    sigma = weight.std(correction=0).item() or 1.0
-    drawn = torch.arange(weight.numel())
-    if len(drawn) > DRAWN:
-        drawn = torch.randint(len(drawn), (DRAWN,), generator=torch.Generator().manual_seed(0))
-    drawn = drawn.sort().values  # in the order of memory: faster
-    values = np.sort(weight.view(-1)[drawn].numpy())
+    layer = take(weight)
+    sigma = layer.weight.std(correction=0).item() or 1.0
+    places = drawn(layer.weight.numel())
+    values = np.sort(layer.weight.view(-1)[places].numpy())
     return Layer(
-        weight=weight,
-        out_features=len(whole),
-        largest=int(weight.abs().argmax()),
-        energy=mse(weight, torch.zeros_like(weight)),
+        **vars(layer),
         sigma=sigma,
         density=_density(values, sigma),
         quantiles=_quantiles(values) / sigma,
-        drawn=drawn,
+        drawn=places,
+        inputs=inputs,
     )
 
 
 def view(
-    layer: Layer,
-    method: str,
-    bits: int,
-    group_size: int | str,
-    outlier: float,
-    seen: LayerInputs | None = None,
+    layer: Layer, method: str, bits: int, group_size: int | str | None, outlier: float
 ) -> View:
     """The layer, its largest weight made `outlier` times larger, quantized as the rest says.
-
-    Methods in LEARNED_METHODS need to know what the layer has `seen`.
 
     What it is compared with (σ, gray histograms, the Q-Q plot's horizontal axis, the SQNR's signal)
     is the given weight, without the outlier: otherwise a single outlier would hide all other
     errors.
     Raises ValueError where method, bits and group size do not agree.
     """
-    weight = layer.weight
-    if outlier != 1:
-        weight = weight.clone()
-        weight.view(-1)[layer.largest] *= outlier
-    if method in LEARNED_METHODS:
-        quantized, approximation = learn(weight, method, bits, group_size, seen)
+    weight = with_outlier(layer.weight, layer.largest, outlier)
+    learned = method in WEIGHT_LEARNERS
+    if learned:
+        inputs = learnable(layer, method, group_size)
+        quantized, approximation = WEIGHT_LEARNERS[method](weight, inputs, bits, group_size)
     else:
-        quantized = METHODS[method](weight, bits, group_size)
+        quantized = quantize(weight, method, bits, group_size)
         approximation = quantized.dequantize()
     code_counts = count_codes(quantized)
     used, information = np.count_nonzero(code_counts), entropy(code_counts)
     zeros = 1 - approximation.count_nonzero().item() / weight.numel()
     error = mse(weight, approximation)
-    relative = math.sqrt(error / layer.energy) if layer.energy else 0.0
-    sqnr = -20 * math.log10(relative) if relative else math.inf
+    _, sqnr = relative_and_db(error, layer.rms)
 
-    drawn = approximation.view(-1)[layer.drawn]
-    errors = np.sort((drawn - weight.view(-1)[layer.drawn]).numpy())
-    values = np.sort(drawn.numpy())
+    shown = approximation.view(-1)[layer.drawn]
+    errors = np.sort((shown - weight.view(-1)[layer.drawn]).numpy())
+    values = np.sort(shown.numpy())
     few = values if quantized.scale.numel() == 1 else values[:0]
     levels, heights = np.unique(few, return_counts=True)
 
     rows = [
+        *layer.rows_measured(),
         ("standard deviation σ", f"{layer.sigma:.3g}"),
         ("codes in use", f"{used} of {2**bits}"),
         ("entropy of the codes", f"{information:.2f} of {bits} bits"),
@@ -247,13 +201,11 @@ def view(
         ("largest error", f"{max_abs_error(weight, approximation):.2e}"),
         ("memory", f"{quantized.bits_per_weight:.3g} bits per weight"),
     ]
-    if len(weight) < layer.out_features:
-        rows.insert(0, ("rows shown", f"{len(weight)} of {layer.out_features}"))
     losses = None
-    if method in LEARNED_METHODS:
-        losses = output_losses(weight, approximation, bits, group_size, seen)
-        told = f"{losses[0]:.2g}, affine rounding {losses[1]:.2g}"
-        rows.append(("error of the outputs", told))
+    if learned:
+        losses = output_losses(weight, approximation, bits, group_size, inputs)
+        words = f"{losses[0]:.2g}, affine rounding {losses[1]:.2g}"
+        rows.append(("error of the outputs", words))
     return View(
         layer=layer,
         method=method,
@@ -278,24 +230,24 @@ def view(
     )
 
 
-def learn(weight, method, bits, group_size, seen) -> tuple[QuantizedTensor, torch.Tensor]:
-    """(quantized, the approximate weight) by a learned method; ValueError where it cannot."""
-    if group_size == "tensor":
+def learnable(layer: Layer, method: str, group_size: int | str | None) -> LayerInputs:
+    """What a learned method learns from; ValueError where it cannot."""
+    if group_size is None:
         raise ValueError(
-            f"{LABELS[method]} takes a scale per row at least: choose channel or a group size"
+            f"{METHOD_LABELS[method]} takes a scale per row at least: choose per channel or groups"
         )
-    if seen is None:
+    if layer.inputs is None:
         raise ValueError(
-            f"{LABELS[method]} learns from a layer's inputs, which are known of the embedded "
-            "model's layers alone: choose another method"
+            f"{METHOD_LABELS[method]} learns from a layer's inputs, which are known of the "
+            "embedded model's layers alone: choose another method"
         )
-    return LEARNED_METHODS[method](weight, seen, bits, group_size)
+    return layer.inputs()
 
 
-def output_losses(weight, approximation, bits, group_size, seen) -> tuple[float, float]:
+def output_losses(weight, approximation, bits, group_size, inputs) -> tuple[float, float]:
     """`gptq.layer_loss` of the approximation, and of affine rounding at the same bits."""
     rounded = quantize_affine(weight, bits, group_size).dequantize()
-    return tuple(gptq.layer_loss(weight, each, seen.hessian) for each in (approximation, rounded))
+    return tuple(gptq.layer_loss(weight, each, inputs.hessian) for each in (approximation, rounded))
 
 
 class CalibrationText:
@@ -309,62 +261,47 @@ class CalibrationText:
             self._hidden.append(self._walk.hidden)
             self._walk.advance(index)
 
-    def seen(self, block: int, layer: str) -> LayerInputs:
+    def inputs(self, block: int, layer: str) -> LayerInputs:
         """What reaches one of the linear layers of a block, such as "q_proj"."""
         self._walk.hidden = self._hidden[block]
         inputs = self._walk.inputs(block)
         x = next(x for name, x in inputs.items() if name.rpartition(".")[2] == layer)
-        with warnings.catch_warnings():  # fewer tokens than channels; damping copes
-            warnings.simplefilter("ignore")
-            return LayerInputs(x, gptq.hessian(x))
+        return LayerInputs(x, calibrate(x[None]).hessian)
 
 
-def explore_distributions(weight: torch.Tensor | None = None) -> Explorer:
+def explore_distributions(weight=None) -> Explorer:
     """A panel: a layer of the embedded model (or `weight`), quantized by any method.
 
-    weight: a matrix (out_features, in_features); None for the embedded model's linear layers, with
-    controls for the block and the kind of layer. Raises as `prepare`.
+    weight: a matrix (out_features, in_features); or a dict of name -> matrix to choose from; or
+    None for the embedded model's linear layers, with controls for the block and the kind of layer.
+    Raises as `prepare` for a single matrix.
     """
     controls = {
         "method": widgets.Dropdown(
-            options=[(LABELS[name], name) for name in (*METHODS, *LEARNED_METHODS)],
+            options=[(label, name) for name, label in METHOD_LABELS.items()],
             description="method",
         ),
         "bits": widgets.IntSlider(4, 2, 8, description="bits"),
-        "group_size": widgets.SelectionSlider(
-            options=GROUP_SIZES, value="tensor", description="group size"
-        ),
+        "group_size": GroupSizeSlider(GROUP_SIZES, None),
         "outlier": outlier_slider(),
     }
     if weight is not None:
-        return Explorer(controls, partial(view, prepare(weight)), DistributionsFigure())
+        return explore(weight, controls, prepare, view, DistributionsFigure())
 
     weights = linear_weights()
     names = {tuple(name.split(".")[2:5:2]): name for name in weights}  # ("12", "q_proj") -> name
-    prepared = lru_cache(maxsize=4)(lambda name: prepare(weights[name]))
-    layers = {
+    choices = {
         "block": widgets.IntSlider(12, 0, len(names) // len(LINEARS) - 1, description="block"),
         "layer": widgets.Dropdown(options=LINEARS, value="gate_proj", description="layer"),
     }
-
     # made when a method first asks for it: the walk through the model takes some seconds
     text = lru_cache(maxsize=1)(CalibrationText)
-    seen = lru_cache(maxsize=4)(lambda block, layer: text().seen(block, layer))
+    inputs = lru_cache(maxsize=4)(lambda block, layer: text().inputs(block, layer))
 
-    def compute(block, layer, **settings):
-        learns = settings["method"] in LEARNED_METHODS and settings["group_size"] != "tensor"
-        known = seen(block, layer) if learns else None
-        return view(prepared(names[str(block), layer]), seen=known, **settings)
+    def load(block, layer):
+        return prepare(weights[names[str(block), layer]], partial(inputs, block, layer))
 
-    return Explorer({**layers, **controls}, compute, DistributionsFigure())
-
-
-def _rows(weight):
-    """Evenly spaced rows of a large matrix, and those of its extremes, which set its grids."""
-    count = max(1, MOST // weight.shape[1])
-    rows = torch.linspace(0, len(weight) - 1, count).long()
-    extremes = torch.stack([weight.argmin(), weight.argmax()]) // weight.shape[1]
-    return torch.cat([rows, extremes]).unique()
+    return choose(choices, load, controls, view, DistributionsFigure(), kept=4)
 
 
 def _density(values, unit):

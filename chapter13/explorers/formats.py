@@ -1,13 +1,13 @@
 """The explorers of notebook 00: one number's bits, and the memory that a model takes."""
 
 import math
-import textwrap
 from dataclasses import dataclass
 
 import ipywidgets as widgets
 import torch
 
-from chapter13.explorers.base import Explorer, Readout, lines
+from chapter13.explorers.base import Explorer, lines
+from chapter13.explorers.layers import GroupSizeSlider
 from chapter13.memory import (
     CARDS,
     FORMATS,
@@ -134,6 +134,8 @@ def memory(
     count = sum(parts.values())
     in_layers = parts["attention"] + parts["MLP"]
     layer_bits = 8 * (sizes["codes"] + sizes["scales"]) / in_layers
+    # lines break between cards, not inside a name
+    cards = "; ".join(card.replace(" ", "\xa0") for card in holds) or "none of these cards alone"
     readout = lines(
         ("parameters", f"{count / 1e9:.3g} billion, {in_layers / count:.0%} of them in the layers"),
         ("weights", f"{_gb(weights)}, {4 * count / weights:.2f} times smaller than fp32"),
@@ -142,17 +144,14 @@ def memory(
         ("  embeddings, head, norms", f"{_gb(sizes['kept'])}, not quantized"),
         ("KV cache", f"{_gb(sizes['KV cache'])} for {batch} x {context:,} tokens"),
         ("total", f"{total:.3g} GB = {total * 1e9 / 2**30:.3g} GiB"),
+        ("fits", cards),
     )  # fmt: skip
-    # lines break between cards, not inside a name: a space that does not break stands in
-    named = "; ".join(card.replace(" ", "\xa0") for card in holds) or "none of these cards alone"
-    cards = textwrap.fill(f"fits: {named}", width=88).replace("\xa0", " ")
-    fits = ("fits", named.replace("\xa0", " "))
     return MemoryView(
         gigabytes=gigabytes,
         total=total,
         holds=holds,
         limit=_limit((sum(weight_bytes(shape, "fp32").values()) + sizes["KV cache"]) / 1e9),
-        readout=Readout(f"{readout}\n{cards}", [*readout.rows, fits]),
+        readout=readout,
         alt=(
             f"{model} in {format} takes {total:.3g} GB, the KV cache of {batch} x {context:,} "
             f"tokens included; {len(holds)} of {len(CARDS)} kinds of cards hold it."
@@ -183,9 +182,7 @@ def explore_memory():
         "format": widgets.SelectionSlider(
             options=list(FORMATS), value="fp32", description="format"
         ),
-        "group_size": widgets.SelectionSlider(
-            options=["channel", 256, 128, 64, 32, 16], value=64, description="group size"
-        ),
+        "group_size": GroupSizeSlider(["channel", 256, 128, 64, 32, 16], 64),
         "context": widgets.SelectionSlider(
             options=[(f"{2**n}k", 1024 * 2**n) for n in range(8)],
             value=4096,

@@ -5,36 +5,31 @@ and order of its channels; the right side is one block, with an outlier if one l
 """
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
 
 import ipywidgets as widgets
 import numpy as np
 import torch
 
-from chapter13.codebook import quantize_codebook
-from chapter13.explorers.base import Explorer, lines, outlier_slider
-from chapter13.explorers.codebooks import MOST, integer_grid
+from chapter13.explorers import layers
+from chapter13.explorers.base import lines
+from chapter13.explorers.layers import choose, explore, outlier_slider, take, with_outlier
 from chapter13.gguf_blocks import ENCODERS, BlockTensor, quantize, read
 from chapter13.gguf_model import gguf_name
 from chapter13.measures import relative_rmse
 from chapter13.models import gguf_path, linear_weights
 from chapter13.plots.gguf import GGUFFigure
 
-SIZES = [16, 32, 64, 96, 192]  # weights that share a scale; those that divide the rows are taken
+GROUP_SIZES = [16, 32, 64, 96, 192]  # of the curves; those that divide the rows are taken
 ORDERS = {"shuffled": "channels shuffled, as in the course", "stored": "as the GGUF file has them"}
 BLOCKS = 1000  # blocks to choose from
 
 
 @dataclass(frozen=True)
-class Layer:
+class Layer(layers.Layer):
     """What is measured of a weight once; made by `prepare`."""
 
-    weight: torch.Tensor
-    """float32 (rows taken, in_features)."""
-    rows: int
-    """The rows of the whole weight."""
     curves: dict[str, list[tuple[float, float]]]
-    """Label -> (bits per weight, relative RMSE), a point for each of SIZES."""
+    """Label -> (bits per weight, relative RMSE), a point for each of GROUP_SIZES."""
     kinds: dict[str, tuple[float, float]]
     """Block format -> (bits per weight, relative RMSE)."""
 
@@ -58,41 +53,33 @@ class View:
     alt: str
 
 
-def measure(weight: torch.Tensor) -> tuple[dict, dict]:
-    """(curves, kinds) as a `Layer` holds them. Raises as the package's quantizers."""
-    sizes = [size for size in SIZES if weight.shape[1] % size == 0]
+def measure(weight: torch.Tensor) -> dict[str, dict]:
+    """The curves and kinds that a `Layer` holds. Raises as the package's quantizers."""
+    sizes = [size for size in GROUP_SIZES if weight.shape[1] % size == 0]
 
-    def curve(quantizer):
-        quantized = [quantizer(size) for size in sizes]
-        return [(q.bits_per_weight, relative_rmse(weight, q.dequantize())) for q in quantized]
+    def point(quantized):
+        return quantized.bits_per_weight, relative_rmse(weight, quantized.dequantize())
+
+    def curve(method, double_quant=False):
+        return [point(layers.quantize(weight, method, 4, size, double_quant)) for size in sizes]
 
     curves = {
-        "absmax": curve(lambda size: integer_grid(weight, "absmax", 4, size)),
-        "affine": curve(lambda size: integer_grid(weight, "affine", 4, size)),
-        "NF4": curve(lambda size: quantize_codebook(weight, "nf4", size)),
-        "NF4, double quantization": curve(
-            lambda size: quantize_codebook(weight, "nf4", size, double_quant=True)
-        ),
+        "absmax": curve("absmax"),
+        "affine": curve("affine"),
+        "NF4": curve("nf4"),
+        "NF4, double quantization": curve("nf4", double_quant=True),
     }
-    stored = {kind: quantize(weight, kind) for kind in ENCODERS}
-    kinds = {
-        kind: (q.bits_per_weight, relative_rmse(weight, q.dequantize()))
-        for kind, q in stored.items()
-    }
-    return curves, kinds
+    kinds = {kind: point(quantize(weight, kind)) for kind in ENCODERS}
+    return {"curves": curves, "kinds": kinds}
 
 
 def prepare(weight: torch.Tensor) -> Layer:
     """Everything about a weight (out_features, in_features) that only its choice changes.
 
-    Of a large one some rows are taken, evenly spaced. Raises as the package's quantizers.
+    Of a large one some rows are taken. Raises as `take` and as the package's quantizers.
     """
-    quantize(weight, "Q4_0")  # says what is wrong with it
-    if weight.dim() != 2:
-        raise ValueError(f"a matrix (out_features, in_features), not shape {tuple(weight.shape)}")
-    step = -(-weight.numel() // MOST)
-    taken = weight.detach()[::step].float().cpu().contiguous()
-    return Layer(taken, len(weight), *measure(taken))
+    layer = take(weight)
+    return Layer(**vars(layer), **measure(layer.weight))
 
 
 def all_levels(block: BlockTensor) -> torch.Tensor:
@@ -115,8 +102,8 @@ def view(layer: Layer, kind: str, block: int, outlier: float) -> View:
         raise ValueError(
             f"the layer has {len(blocks)} blocks: choose one from 0 to {len(blocks) - 1}"
         )
-    values = blocks[block : block + 1].clone()
-    values.view(-1)[values.abs().argmax()] *= outlier
+    values = blocks[block : block + 1]
+    values = with_outlier(values, int(values.abs().argmax()), outlier)
     stored = quantize(values, kind)
     restored = stored.dequantize()
     absmax = values.abs().max().item() or 1.0
@@ -139,10 +126,7 @@ def view(layer: Layer, kind: str, block: int, outlier: float) -> View:
     if stored.minimum is not None:
         rows.append(("its minimum", f"{stored.minimum.item():.3g}"))
     used = f"{len(restored.unique())} of {len(levels.unique())}"
-    rows.append(("levels its weights use", used))
-    if len(layer.weight) < layer.rows:
-        taken = f"{len(layer.weight)} of the {layer.rows} rows, evenly spaced"
-        rows.append(("layer measured on", taken))
+    rows += [("levels its weights use", used), *layer.rows_measured()]
     return View(
         kind=kind,
         curves=layer.curves,
@@ -173,24 +157,21 @@ def explore_gguf(weight=None):
         "block": widgets.IntSlider(0, 0, BLOCKS - 1, description="block"),
         "outlier": outlier_slider(),
     }
-    if isinstance(weight, torch.Tensor):
-        return Explorer(controls, partial(view, prepare(weight)), GGUFFigure())
+    if weight is not None:
+        return explore(weight, controls, prepare, view, GGUFFigure())
 
-    given = linear_weights() if weight is None else dict(weight)
-    layers = {"layer": widgets.Dropdown(options=list(given), description="layer")}
-    stored = None
-    if weight is None:
-        stored = read(gguf_path()).tensors
-        orders = [(label, name) for name, label in ORDERS.items()]
-        layers["order"] = widgets.Dropdown(options=orders, description="order of channels")
+    shuffled, stored = linear_weights(), read(gguf_path()).tensors
+    choices = {
+        "layer": widgets.Dropdown(options=list(shuffled), description="layer"),
+        "order": widgets.Dropdown(
+            options=[(label, order) for order, label in ORDERS.items()],
+            description="order of channels",
+        ),
+    }
 
-    @lru_cache(maxsize=8)
-    def prepared(layer, order):
+    def load(layer, order):
         if order == "stored":
             return prepare(stored[gguf_name(layer)].dequantize())
-        return prepare(given[layer])
+        return prepare(shuffled[layer])
 
-    def compute(layer, order="shuffled", **settings):
-        return view(prepared(layer, order), **settings)
-
-    return Explorer({**layers, **controls}, compute, GGUFFigure())
+    return choose(choices, load, controls, view, GGUFFigure(), kept=8)

@@ -10,12 +10,13 @@ import torch
 
 from chapter13 import gptq
 from chapter13.explorers.base import Explorer, lines
+from chapter13.explorers.layers import GroupSizeSlider
 from chapter13.grids import Grid, fit_grid
 from chapter13.integer import quantize_affine
 from chapter13.measures import relative_rmse
 from chapter13.plots.gptq import ColumnsFigure, LayerFigure
 
-METHODS = {"affine": "round to nearest", "gptq": "GPTQ"}
+METHOD_LABELS = {"affine": "round to nearest", "gptq": "GPTQ"}
 GROUP_SIZES = ["channel", 192, 128, 96, 64, 48, 32, 16]
 CORRELATIONS = [0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95]
 DAMPS = [0.0, 0.001, 0.01, 0.1, 1.0]
@@ -235,11 +236,11 @@ def layer_view(
         errors=errors,
         readout=lines(*rows),
         alt=(
-            f"Left: the error of the layer's outputs, {METHODS[method]} against round-to-nearest "
-            f"at the same bits: {ratio[0]:.2f} times on calibration text, {ratio[1]:.2f} times on "
-            "held-out text. Right: the error of the weights by input channel, those with the "
-            f"largest inputs first: from {errors[1, 0]:.0%} to {errors[1, -1]:.0%} of the weights' "
-            "RMS."
+            f"Left: the error of the layer's outputs, {METHOD_LABELS[method]} against "
+            f"round-to-nearest at the same bits: {ratio[0]:.2f} times on calibration text, "
+            f"{ratio[1]:.2f} times on held-out text. Right: the error of the weights by input "
+            f"channel, those with the largest inputs first: from {errors[1, 0]:.0%} to "
+            f"{errors[1, -1]:.0%} of the weights' RMS."
         ),
     )
 
@@ -260,14 +261,12 @@ def explore_layer(layers: dict[str, Layer]) -> Explorer:
     controls = {
         "layer": widgets.Dropdown(options=list(layers), description="layer"),
         "method": widgets.Dropdown(
-            options=[(label, name) for name, label in METHODS.items()],
+            options=[(label, name) for name, label in METHOD_LABELS.items()],
             value="gptq",
             description="method",
         ),
         "bits": widgets.IntSlider(4, 2, 8, description="bits"),
-        "group_size": widgets.SelectionSlider(
-            options=GROUP_SIZES, value=64, description="group size"
-        ),
+        "group_size": GroupSizeSlider(GROUP_SIZES, 64),
         "act_order": widgets.Checkbox(True, description="act-order"),
         "clip_search": widgets.Checkbox(False, description="clip search"),
         "damp": widgets.SelectionSlider(options=DAMPS, value=0.01, description="damping"),

@@ -7,13 +7,21 @@ when a layer is chosen, and kept.
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import ipywidgets as widgets
 import numpy as np
 import torch
 
-from chapter13.explorers.base import Explorer, lines
+from chapter13.explorers.base import lines
+from chapter13.explorers.layers import (
+    GroupSizeSlider,
+    checked_matrix,
+    explore,
+    group_words,
+    relative_and_db,
+    rms,
+    sample_rows,
+)
 from chapter13.integer import quantize_absmax, quantize_affine
 from chapter13.measures import relative_rmse
 from chapter13.models import linear_weights
@@ -22,7 +30,7 @@ from chapter13.tensors import pieces
 
 BITS = range(2, 9)
 # from one scale for all to many; 128 and 192 divide some layers' rows only
-GROUP_SIZES = ["tensor", "channel", 192, 128, 96, 64, 48, 32, 16]
+GROUP_SIZES = [None, "channel", 192, 128, 96, 64, 48, 32, 16]
 LAYERS = [  # of the embedded model: loud rows, loud columns, and a tame one
     "model.layers.29.self_attn.q_proj.weight",
     "model.layers.0.self_attn.o_proj.weight",
@@ -33,7 +41,6 @@ LAYERS = [  # of the embedded model: loud rows, loud columns, and a tame one
 ]
 CELLS = 192  # rows and columns of the error map, at most
 PATCH = 16  # columns that one cell of the map takes, at least: the finest group
-CURVE_WEIGHTS = 1 << 20  # the curves of a larger layer are of so many of its weights
 
 
 @dataclass(frozen=True)
@@ -71,40 +78,21 @@ class View:
     alt: str
 
 
-def quantize(weight: torch.Tensor, bits: int, group_size: int | str, affine: bool):
-    """A QuantizedTensor; "tensor" is the widgets' word for one scale (they cannot take None)."""
-    quantizer = quantize_affine if affine else quantize_absmax
-    return quantizer(weight, bits, None if group_size == "tensor" else group_size)
-
-
 def prepare(weight: torch.Tensor) -> Layer:
-    """The layer with its curves. Raises as `quantize_absmax` does per channel."""
-    quantize_absmax(weight, 8, "channel", torch.float32)  # says what is wrong with a weight
-    weight = weight.detach().float().cpu()
-    rms = torch.linalg.vector_norm(weight, dtype=torch.float64).item() / math.sqrt(weight.numel())
-    rows = curve_rows(weight)
-    return Layer(weight, rms, {affine: curves(rows, affine) for affine in (False, True)})
-
-
-def curve_rows(weight: torch.Tensor) -> torch.Tensor:
-    """The weight; of a large one evenly spaced rows, and those with its largest and its smallest.
-
-    The two keep the scale per tensor what it is.
-    """
-    step = -(-weight.numel() // CURVE_WEIGHTS)
-    if step == 1:
-        return weight
-    ends = torch.stack([weight.argmax(), weight.argmin()]) // weight.shape[1]
-    return weight[torch.cat([torch.arange(0, len(weight), step), ends]).unique()]
+    """The layer with its curves, for a large one of some rows. Raises as `checked_matrix`."""
+    weight = checked_matrix(weight)
+    rows = sample_rows(weight)
+    return Layer(weight, rms(weight), {affine: curves(rows, affine) for affine in (False, True)})
 
 
 def curves(weight: torch.Tensor, affine: bool) -> np.ndarray:
     """Bits per weight and relative RMSE at all BITS and GROUP_SIZES: (bits, group sizes, 2)."""
+    quantize = quantize_affine if affine else quantize_absmax
     points = np.full((len(BITS), len(GROUP_SIZES), 2), np.nan)
     for i, bits in enumerate(BITS):
         for j, group_size in enumerate(GROUP_SIZES):
             try:
-                quantized = quantize(weight, bits, group_size, affine)
+                quantized = quantize(weight, bits, group_size)
             except ValueError:  # the explanation comes when the reader moves there
                 continue
             error = relative_rmse(weight, quantized.dequantize())
@@ -112,10 +100,10 @@ def curves(weight: torch.Tensor, affine: bool) -> np.ndarray:
     return points
 
 
-def view(layer: Layer, bits: int, group_size: int | str, affine: bool) -> View:
+def view(layer: Layer, bits: int, group_size: int | str | None, affine: bool) -> View:
     """The layer quantized so. Raises as `quantize_absmax`: a group size may not divide the rows."""
     weight = layer.weight
-    quantized = quantize(weight, bits, group_size, affine)
+    quantized = (quantize_affine if affine else quantize_absmax)(weight, bits, group_size)
     error = quantized.dequantize()
     energy, max_error = 0.0, 0.0
     for piece in pieces(weight):  # a large layer is read from memory once, not four times
@@ -126,8 +114,7 @@ def view(layer: Layer, bits: int, group_size: int | str, affine: bool) -> View:
     cells = [min(CELLS, size) for size in (weight.shape[0], -(-weight.shape[1] // PATCH))]
     error_map = torch.nn.functional.adaptive_avg_pool2d(error[None], cells)[0]
 
-    relative = math.sqrt(mse) / layer.rms if layer.rms else 0.0
-    sqnr = -20 * math.log10(relative) if relative else math.inf
+    relative, sqnr = relative_and_db(mse, layer.rms)
     all_errors = [curve[..., 1] for curve in layer.curves.values()]
     limits = float(np.nanmin(all_errors)), float(np.nanmax(all_errors))
     parts = [f"codes {quantized.packed.nbytes:,}", f"scales {quantized.scale.nbytes:,}"]
@@ -140,9 +127,6 @@ def view(layer: Layer, bits: int, group_size: int | str, affine: bool) -> View:
         ("SQNR", f"{sqnr:.1f} dB"),
         ("largest error", f"{max_error:.2e}"),
         ("bytes", f"{quantized.nbytes:,}: {', '.join(parts)}"),
-    )
-    where = {"tensor": "for the tensor", "channel": "per channel"}.get(
-        group_size, f"per group of {group_size}"
     )
     return View(
         bits=bits,
@@ -157,9 +141,10 @@ def view(layer: Layer, bits: int, group_size: int | str, affine: bool) -> View:
         nbytes=quantized.nbytes,
         readout=readout,
         alt=(
-            f"Left: the layer's errors with one {'affine' if affine else 'absmax'} grid of {bits} "
-            f"bits {where}. Right: relative RMSE against bits per weight for 2 to 8 bits and all "
-            f"group sizes; marked: {relative:.2%} at {quantized.bits_per_weight:.3f} bits."
+            f"Left: the layer's errors with {'affine' if affine else 'absmax'} grids of {bits} "
+            f"bits, {group_words(group_size)}. Right: relative RMSE against bits per weight for 2 "
+            f"to 8 bits and all group sizes; marked: {relative:.2%} at "
+            f"{quantized.bits_per_weight:.3f} bits."
         ),
     )
 
@@ -168,38 +153,18 @@ def explore_granularity(weight=None):
     """A panel: layer, bits, group size and kind of grid; the errors, and what they cost in bits.
 
     weight: a matrix (out_features, in_features); or a dict of name -> matrix to choose from; or
-    None for six linear layers of the embedded model. Raises as `quantize_absmax` for a single
+    None for six linear layers of the embedded model. Raises as `checked_matrix` for a single
     matrix; what is wrong with one of several is said when it is chosen.
     """
     controls = {
         "bits": widgets.IntSlider(4, BITS[0], BITS[-1], description="bits"),
-        "group_size": widgets.SelectionSlider(
-            options=[
-                (f"per {size}" if isinstance(size, str) else str(size), size)
-                for size in GROUP_SIZES
-            ],
-            value="tensor",
-            description="group size",
-        ),
+        "group_size": GroupSizeSlider(GROUP_SIZES, None),
         "affine": widgets.Checkbox(False, description="affine (with a zero point)", indent=False),
     }
-    if isinstance(weight, torch.Tensor):
-        return Explorer(controls, partial(view, prepare(weight)), GranularityFigure())
-
     if weight is None:
         model = linear_weights()
         weight = {name: model[name] for name in LAYERS}
-    weights = dict(weight)
-    prepared = {}
-    choice = widgets.Dropdown(options=list(weights), description="layer")
-
-    def compute(layer, **settings):
-        if layer not in prepared:
-            choice.description = "layer (measuring its curves …)"  # the browser shows it at once
-            try:
-                prepared[layer] = prepare(weights[layer])
-            finally:
-                choice.description = "layer"
-        return view(prepared[layer], **settings)
-
-    return Explorer({"layer": choice, **controls}, compute, GranularityFigure())
+    loading = "measuring the layer at all bits and group sizes …"
+    return explore(
+        weight, controls, prepare, view, GranularityFigure(), kept=math.inf, loading=loading
+    )

@@ -36,6 +36,10 @@ class Table:
 
 
 def _html_row(label, values, tag):
-    cells = "".join(f"<{tag} {_LEFT}>{html.escape(value)}</{tag}>" for value in values)
-    indented = html.escape(label).replace("  ", "&emsp;")
-    return f"<tr><th {_LEFT}>{indented}</th>{cells}</tr>"
+    cells = "".join(f"<{tag} {_LEFT}>{escaped(value)}</{tag}>" for value in values)
+    return f"<tr><th {_LEFT}>{escaped(label)}</th>{cells}</tr>"
+
+
+def escaped(text):
+    """Text as HTML; two spaces, which browsers would drop, indent it."""
+    return html.escape(text).replace("  ", "&emsp;")

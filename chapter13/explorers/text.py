@@ -6,11 +6,9 @@ import ipywidgets as widgets
 import torch
 from torch import nn
 
-from chapter13.codebook import quantize_codebook
 from chapter13.explorers.base import Explorer, lines
-from chapter13.integer import quantize_absmax, quantize_affine
+from chapter13.explorers.layers import METHOD_LABELS, GroupSizeSlider, quantize
 from chapter13.plots.text import TextFigure, printable
-from chapter13.tables import CODE_BOOKS
 from chapter13.whole_model.layers import is_conv1d, linear_layers, weight_of
 
 PROMPTS = (
@@ -19,7 +17,7 @@ PROMPTS = (
     "Water boils when",
     "The three primary colors are",
 )
-METHODS = {"absmax (symmetric)": "absmax", "affine (asymmetric)": "affine", "NF4": "nf4"}
+METHODS = ("absmax", "affine", "nf4")
 TOKENS = 40
 
 
@@ -88,21 +86,10 @@ class RoundedModel:
         """Puts the weights of a setting in place; ValueError where it does not apply."""
         if (method, bits, group_size) == self.applied:
             return
-        if method in CODE_BOOKS and bits != 4:
-            raise ValueError(
-                f"NF4 is a table of 16 values: it takes 4 bits, not {bits}. "
-                "Set bits to 4, or choose absmax or affine"
-            )
         self.applied = None
         held = 0
         for name, layer in self.layers.items():
-            weight = self.original[name]
-            if method in CODE_BOOKS:
-                size = weight.shape[1] if group_size == "channel" else group_size
-                quantized = quantize_codebook(weight, method, size)
-            else:
-                quantizer = {"absmax": quantize_absmax, "affine": quantize_affine}[method]
-                quantized = quantizer(weight, bits, group_size)
+            quantized = quantize(self.original[name], method, bits, group_size)
             held += quantized.nbytes
             restored = quantized.dequantize()
             layer.weight.data.copy_(restored.T if is_conv1d(layer) else restored)
@@ -137,16 +124,19 @@ def explore_text(model: nn.Module, tokenizer, prompts=PROMPTS, group_sizes=("cha
 
     controls = {
         "prompt": widgets.Dropdown(options=list(prompts), description="prompt"),
-        "method": widgets.Dropdown(options=list(METHODS.items()), description="method"),
+        "method": widgets.Dropdown(
+            options=[(METHOD_LABELS[name], name) for name in METHODS], description="method"
+        ),
         "bits": widgets.IntSlider(8, 2, 8, description="bits", continuous_update=False),
-        "group_size": widgets.SelectionSlider(
-            options=list(group_sizes),
-            value=group_sizes[min(1, len(group_sizes) - 1)],
-            description="group size",
-            continuous_update=False,
+        "group_size": GroupSizeSlider(
+            group_sizes, group_sizes[min(1, len(group_sizes) - 1)], continuous_update=False
         ),
     }
-    return Explorer(controls, compute, TextFigure())
+
+    def busy(**settings):
+        return "" if tuple(settings.values()) in written else "the model writes …"
+
+    return Explorer(controls, compute, TextFigure(), busy)
 
 
 def view(tokenizer, prompt, method, bits, reference, new, margin, bits_per_weight) -> View:
@@ -155,7 +145,7 @@ def view(tokenizer, prompt, method, bits, reference, new, margin, bits_per_weigh
     agree = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(reference), len(new)))
     before, after = (prompt + tokenizer.decode(tokens) for tokens in (reference, new))
     same = len(prompt + tokenizer.decode(new[:agree]))
-    name = {"absmax": "absmax", "affine": "affine", "nf4": "NF4"}[method]
+    name = METHOD_LABELS[method].partition(" ")[0]
     readout = lines(
         ("bits per weight, scales included", f"{bits_per_weight:.2f}"),
         ("tokens before the first difference", f"{agree} of {len(reference)}"),

@@ -41,7 +41,7 @@ def pixels(locator):
 
 def moved(panel, move):
     """Does `move`; waits until readout and picture have both changed."""
-    text, picture = panel.locator("pre"), panel.locator("img")
+    text, picture = panel.locator(".widget-html-content"), panel.locator("img")
     old_text, old_pixels = text.inner_text(), pixels(picture)
     move()
     wait_for(lambda: text.inner_text() != old_text, "a new readout")
@@ -92,7 +92,7 @@ def test_explorer_moves_in_jupyterlab(path, browser, lab):
         check_outputs(lab.run_all(page, path.name))
         panel = explorer(page)
         page.wait_for_timeout(500)  # what the cells said last may still be on its way to the panel
-        readout = panel.locator("pre").inner_text()
+        readout = panel.locator(".widget-html-content").inner_text()
         assert "do not apply" not in readout, f"the notebook leaves its explorer dimmed: {readout}"
         handle = panel.locator(".noUi-handle").first
         handle.focus()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import normal
 
-from chapter13.explorers.absmax import DRAWN, explore_absmax, prepare, view
+from chapter13.explorers.absmax import IN_HISTOGRAM, explore_absmax, prepare, view
 from chapter13.integer import quantize_absmax
 from chapter13.measures import max_abs_error, mse
 
@@ -88,7 +88,7 @@ def test_numbers_are_the_packages_own(original, bits):
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_histograms_are_of_the_weights_and_of_their_errors(original, bits):
     layer = prepare(original)
-    assert original.numel() <= DRAWN, "all weights are drawn"
+    assert original.numel() <= IN_HISTOGRAM, "all weights are drawn"
     bins = len(layer.edges) - 1
     for times in (1, 10, 1000):
         weight, position = with_outlier(original, times)
@@ -130,7 +130,7 @@ def test_a_large_layer_is_drawn_by_a_part_but_counted_whole():
     weight = normal(300, 400)
     shown = view(prepare(weight), 6, 3)
     assert shown.level_counts.sum() == weight.numel()
-    assert DRAWN / 2 < shown.error_counts.sum() <= DRAWN + 1
+    assert IN_HISTOGRAM / 2 < shown.error_counts.sum() <= IN_HISTOGRAM + 1
 
 
 def test_real_layer(weights):

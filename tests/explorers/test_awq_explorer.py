@@ -24,7 +24,7 @@ def test_every_setting_by_the_definitions(layer):
     x, weight = layer
     panel = explore_awq({"one": layer})
     activation = x.abs().mean(0)
-    for group_size in panel.controls["group_size"].options:
+    for _, group_size in panel.controls["group_size"].options:
         for bits in range(2, 9):
             losses = []
             for r in RATIOS:

@@ -10,14 +10,12 @@ from chapter13.codebook import quantize_codebook
 from chapter13.explorers.codebooks import (
     BINS,
     GROUP_SIZES,
-    METHODS,
-    MOST,
     distributions,
     explore_codebooks,
-    prepare,
     student_t,
     view,
 )
+from chapter13.explorers.layers import METHOD_LABELS, MOST, sample_rows, take
 from chapter13.integer import quantize_absmax, quantize_affine
 from chapter13.measures import relative_rmse
 from chapter13.plots import codebooks as pictures
@@ -39,25 +37,25 @@ def weights():
 
 @pytest.fixture(scope="module")
 def layers(weights):
-    return {name: prepare(weight) for name, weight in weights.items()}
+    return {name: take(weight) for name, weight in weights.items()}
 
 
 def expected(weight, method, bits, group_size, double_quant):
     """The quantized weight, by the package's functions alone."""
-    rows = group_size == "row"
+    rows = group_size == "channel"
     if method in ("nf4", "fp4"):
         return quantize_codebook(weight, method, COLUMNS if rows else group_size, double_quant)
     quantizer = {"absmax": quantize_absmax, "affine": quantize_affine}[method]
-    return quantizer(weight, bits, "channel" if rows else group_size)
+    return quantizer(weight, bits, group_size)
 
 
 def fits(method, bits, group_size, double_quant):
     if method in ("nf4", "fp4"):
         return bits == 4
-    return not double_quant and (group_size == "row" or COLUMNS % group_size == 0)
+    return not double_quant and (group_size == "channel" or COLUMNS % group_size == 0)
 
 
-GRID = list(itertools.product(METHODS, range(2, 9), GROUP_SIZES, [False, True]))
+GRID = list(itertools.product(METHOD_LABELS, range(2, 9), GROUP_SIZES, [False, True]))
 
 
 @pytest.mark.parametrize("settings", [s for s in GRID if fits(*s)], ids=str)
@@ -98,7 +96,7 @@ def test_settings_that_do_not_fit_are_explained(settings, layers):
         view(layers["heavy tails"], *settings, 1)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHOD_LABELS)
 def test_levels_and_weights_share_a_scale(method, layers):
     """Each weight's nearest level on the picture's scale is the level of its code."""
     shown = view(layers["heavy tails"], method, 4, 64, False, 1)
@@ -128,18 +126,19 @@ def test_the_histograms_hold_all_weights_drawn(layers):
 
 
 def test_a_large_weight_is_measured_on_some_rows_and_says_so():
-    weight = torch.randn(2 * MOST // 1024 + 1, 1024, generator=torch.Generator().manual_seed(0))
-    layer = prepare(weight)
+    weight = torch.randn(4 * MOST // 1024, 1024, generator=torch.Generator().manual_seed(0))
+    layer = take(weight)
     shown = view(layer, "nf4", 4, 64, False, 1)
-    taken = weight[::3]
+    taken = sample_rows(weight)
+    assert MOST <= taken.numel() <= 1.01 * MOST
     approximation = quantize_codebook(taken).dequantize()
     assert shown.relative_rmse == pytest.approx(relative_rmse(taken, approximation))
-    assert f"{len(taken)} of the {len(weight)} rows" in shown.readout
+    assert f"{len(taken)} of {len(weight)}" in shown.readout
 
 
 def test_all_zeros():
-    layer = prepare(torch.zeros(4, COLUMNS))
-    for method in METHODS:
+    layer = take(torch.zeros(4, COLUMNS))
+    for method in METHOD_LABELS:
         shown = view(layer, method, 4, 64, False, 10)
         assert shown.relative_rmse == 0
         assert shown.zeros == 1

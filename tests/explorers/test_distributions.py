@@ -9,13 +9,13 @@ import torch
 from tiny import normal
 
 from chapter13 import awq, corpus, gptq, models, quantize_absmax, quantize_affine, quantize_codebook
-from chapter13.explorers import distributions
+from chapter13.explorers import distributions, layers
 from chapter13.explorers.distributions import (
     EDGES,
     GROUP_SIZES,
-    LEARNED_METHODS,
-    METHODS,
+    METHOD_LABELS,
     PROBABILITIES,
+    WEIGHT_LEARNERS,
     CalibrationText,
     LayerInputs,
     count_codes,
@@ -24,10 +24,12 @@ from chapter13.explorers.distributions import (
     prepare,
     view,
 )
+from chapter13.explorers.layers import quantize
 from chapter13.measures import max_abs_error, mse, sqnr_db
 from chapter13.plots.distributions import percent
 from chapter13.tables import CODE_BOOKS
 
+METHODS = ["absmax", "affine", "nf4", "fp4"]  # that only round
 BITS = range(2, 9)
 OUTLIERS = [1, 100]
 
@@ -48,9 +50,10 @@ WEIGHTS = {
 def by_hand(weight, method, bits, group_size):
     """The same weight quantized by the package itself."""
     if method in ("absmax", "affine"):
-        quantize = {"absmax": quantize_absmax, "affine": quantize_affine}[method]
-        return quantize(weight, bits, None if group_size == "tensor" else group_size)
-    sizes = {"tensor": weight.numel(), "channel": weight.shape[1]}
+        return {"absmax": quantize_absmax, "affine": quantize_affine}[method](
+            weight, bits, group_size
+        )
+    sizes = {None: weight.numel(), "channel": weight.shape[1]}
     return quantize_codebook(weight, method, sizes.get(group_size, group_size))
 
 
@@ -60,7 +63,7 @@ def shown_numbers(readout):
 
 
 def test_the_test_knows_every_method():
-    assert set(METHODS) == {"absmax", "affine", "nf4", "fp4"}
+    assert set(METHOD_LABELS) == {*METHODS, *WEIGHT_LEARNERS}
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -116,11 +119,12 @@ def expected_sqnr(given, weight, approximation):
 def test_all_weights_are_drawn_or_a_seeded_choice(monkeypatch):
     weight = normal(40, 64)
     assert torch.equal(prepare(weight).drawn, torch.arange(weight.numel()))
-    monkeypatch.setattr(distributions, "DRAWN", 1000)
+    monkeypatch.setattr(layers, "DRAWN", 1000)
+    layers.drawn.cache_clear()
     layer = prepare(weight)
     assert torch.equal(layer.drawn, prepare(weight).drawn)
     assert layer.drawn.max() < weight.numel()
-    for method, group_size in product(METHODS, ["tensor", 64]):
+    for method, group_size in product(METHODS, [None, 64]):
         quantized = by_hand(weight, method, 4, group_size)
         shown = view(layer, method, 4, group_size, 1)
         check_pictures(layer, shown, weight, weight, quantized, quantized.dequantize())
@@ -129,7 +133,7 @@ def test_all_weights_are_drawn_or_a_seeded_choice(monkeypatch):
 
 def check_pictures(layer, shown, given, weight, quantized, approximation):
     """The histograms and quantiles of a view, against numpy's own of the weights drawn."""
-    assert len(layer.drawn) == min(distributions.DRAWN, weight.numel())
+    assert len(layer.drawn) == min(layers.DRAWN, weight.numel())
     before, after = given.reshape(-1)[layer.drawn], approximation.view(-1)[layer.drawn]
     for density, values in [(layer.density, before), (shown.density, after)]:
         assert np.array_equal(density, numpy_density(values, layer.sigma))
@@ -160,7 +164,7 @@ def numpy_density(values, unit):
 def test_codes_are_counted_from_the_lowest_level_to_the_highest():
     weight = torch.tensor([[-1.0, -0.9, -0.3, 0.0, 0.1, 0.4, 0.9, 1.0]])
     for method in METHODS:
-        quantized = by_hand(weight, method, 4, "tensor")
+        quantized = by_hand(weight, method, 4, None)
         values = np.repeat(np.arange(16), count_codes(quantized))  # the rank of each weight's level
         assert len(values) == 8
         # more weights on a lower level than another means: the sorted weights get these ranks
@@ -197,20 +201,20 @@ def test_percent_says_all_and_nothing_only_where_it_is(share, words):
 
 
 def test_a_large_matrix_is_shown_by_whole_rows_and_its_extremes(monkeypatch):
-    monkeypatch.setattr(distributions, "MOST", 64 * 10)
+    monkeypatch.setattr(layers, "MOST", 64 * 10)
     weight = normal(1000, 64)
     weight[123, 4], weight[876, 5] = 9.0, -8.0
     layer = prepare(weight)
     assert 10 <= len(layer.weight) <= 12
     kept = [row for row in range(1000) if (layer.weight == weight[row]).all(1).any()]
     assert len(kept) == len(layer.weight)
-    assert {0, 123, 876, 999} <= set(kept)
+    assert {0, 123, 876, 900} <= set(kept)
     for method in ("absmax", "affine"):  # so a scale for the whole tensor is the same
-        whole = by_hand(weight, method, 4, "tensor")
-        part = METHODS[method](layer.weight, 4, "tensor")
+        whole = by_hand(weight, method, 4, None)
+        part = quantize(layer.weight, method, 4, None)
         assert part.scale == whole.scale
     assert (
-        f"rows shown             {len(kept)} of 1000\n" in view(layer, "absmax", 4, 64, 1).readout
+        f"rows measured          {len(kept)} of 1000\n" in view(layer, "absmax", 4, 64, 1).readout
     )
 
 
@@ -250,17 +254,17 @@ def seen():
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-@pytest.mark.parametrize("method", LEARNED_METHODS)
+@pytest.mark.parametrize("method", WEIGHT_LEARNERS)
 def test_learned_numbers_are_the_packages_own(name, method, seen):
     given = WEIGHTS[name]
-    layer, given = prepare(given), given.float()
+    layer, given = prepare(given, lambda: seen), given.float()
     for bits, group_size in product((2, 4, 8), ("channel", 64, 16)):
-        shown = view(layer, method, bits, group_size, 1, seen)
+        shown = view(layer, method, bits, group_size, 1)
         if method == "gptq":
             quantized = gptq.quantize(given, seen.hessian, bits, group_size)
             approximation = quantized.dequantize()
         else:
-            x = seen.inputs[::3]  # 100 of 300 tokens: at most AWQ_TOKENS
+            x = seen.x[::3]  # 100 of 300 tokens: at most AWQ_TOKENS
             outputs = lambda weights, x=x: [x @ W.T for W in weights]  # noqa: E731
             s = awq.search_scale(x.abs().mean(0), [given], outputs, bits, group_size).s
             quantized = quantize_affine(given * s, bits, group_size)
@@ -275,8 +279,8 @@ def test_learned_numbers_are_the_packages_own(name, method, seen):
 
 def test_learned_methods_say_what_they_need():
     panel = explore_distributions(normal(4, 128))
-    for method in LEARNED_METHODS:
-        assert "a scale per row at least" in panel.set(method=method, group_size="tensor")
+    for method in WEIGHT_LEARNERS:
+        assert "a scale per row at least" in panel.set(method=method, group_size=None)
         assert "learns from a layer's inputs" in panel.set(group_size=64)
     panel.close()
 
@@ -294,11 +298,11 @@ def test_what_reaches_a_layer_of_the_embedded_model(monkeypatch):
         with torch.no_grad():
             model(tokens)
         hook.remove()
-        shown = text.seen(block, name.rpartition(".")[2])
+        shown = text.inputs(block, name.rpartition(".")[2])
         # the same float32 operations on the same numbers, but for the kernels' choice of order
-        apart = (shown.inputs - wanted[0][0]).norm() / wanted[0].norm()
+        apart = (shown.x - wanted[0][0]).norm() / wanted[0].norm()
         assert apart < 1e-4
-        expected = 2 / 16 * shown.inputs.double().T @ shown.inputs.double()
+        expected = 2 / 16 * shown.x.double().T @ shown.x.double()
         assert (shown.hessian - expected).norm() < 1e-4 * expected.norm()
 
 

@@ -21,7 +21,8 @@ from matplotlib.text import Text
 from PIL import Image
 from tiny import toy_model, weight
 
-from chapter13.explorers.base import Explorer, lines
+from chapter13.explorers.base import LINE, Explorer, lines
+from chapter13.explorers.layers import GroupSizeSlider
 from chapter13.explorers.table import Table
 from chapter13.plots import LiveFigure, style
 
@@ -204,7 +205,7 @@ def test_table_holds_the_readouts(panel):
         assert column == {label: str(value) for label, value in readout.rows}
         words = "".join(f"{label}{value}" for label, value in column.items())
         # nothing is told that the table has not; lines may break elsewhere
-        assert "".join(words.split()) == "".join(readout.replace("fits:", "fits").split())
+        assert "".join(words.split()) == "".join(readout.split())
 
 
 def test_words_in_the_picture_are_large_and_inside(panel):
@@ -263,9 +264,7 @@ def compute(bits, group_size, strength):
 def toy():
     controls = {
         "bits": widgets.IntSlider(8, 2, 8, description="bits"),
-        "group_size": widgets.SelectionSlider(
-            options=[("per tensor", "tensor"), ("64", 64), ("48", 48)], description="group size"
-        ),
+        "group_size": GroupSizeSlider([None, 64, 48], None),
         "strength": widgets.FloatLogSlider(1, min=0, max=3, description="strength"),
     }
     panel = Explorer(controls, compute, HeightFigure())
@@ -287,7 +286,7 @@ def test_set_moves_all_controls_and_computes_once(toy):
         ({"bits": 9}, "bits cannot be 9; it takes 2 to 8"),
         ({"bits": 3.5}, "bits cannot be 3.5; it takes 2 to 8"),
         ({"bits": "three"}, "bits cannot be 'three'; it takes 2 to 8"),
-        ({"group_size": 32}, "group_size cannot be 32; it takes 'tensor', 64, 48"),
+        ({"group_size": 32}, "group_size cannot be 32; it takes None, 64, 48"),
         ({"strength": 0.5}, "strength cannot be 0.5; it takes 1 to 1000"),
     ],
 )
@@ -300,7 +299,7 @@ def test_set_refuses_what_a_control_cannot_take_and_moves_nothing(toy, wrong, me
     assert (toy.settings, toy.readout, toy._picture.value) == before
     assert calls == []
     toy.controls["bits"].value = 5  # and the panel still listens
-    assert calls == [(5, "tensor", 1)]
+    assert calls == [(5, None, 1)]
 
 
 def test_settings_that_do_not_fit_are_explained(toy):
@@ -327,7 +326,42 @@ def test_a_mistake_of_ours_is_shown_and_raised(toy):
     assert "ArithmeticError: overflow" in toy._text.value
     with pytest.raises(ArithmeticError, match="overflow"):  # from the browser
         toy.controls["strength"].value = 900
-    assert toy.set(strength=1) == "bits        8\ngroup size  tensor"
+    assert toy.set(strength=1) == "bits        8\ngroup size  None"
+
+
+def test_what_takes_time_is_said_over_the_readout_and_then_gone(toy):
+    said = []
+    toy.busy = lambda bits, **settings: "loading <it> …" if bits == 3 else ""
+    toy._text.observe(lambda change: said.append(change.new), "value")
+    toy.set(bits=4)
+    four = toy._text.value
+    assert said == [four]
+    toy.set(bits=3)
+    assert "loading &lt;it&gt; …" in said[1]
+    assert four in said[1]
+    assert said[2:] == [toy._text.value]
+    assert "loading" not in toy._text.value
+
+
+def test_a_readout_in_a_browser(toy):
+    readout = lines(("bits", 4), ("  <scale>", "1 & 2"))
+    assert re.sub(' style="[^"]*"', "", readout.html) == (
+        '<table><tbody><tr><th scope="row">bits</th><td>4</td></tr>'
+        '<tr><th scope="row">&emsp;&lt;scale&gt;</th><td>1 &amp; 2</td></tr></tbody></table>'
+    )
+    toy.set(bits=5)
+    assert toy._text.value.endswith(toy.readout.html)
+
+
+def test_long_values_of_a_readout_are_wrapped():
+    cards = "; ".join(["RTX\xa04080,\xa05080"] * 9)
+    first, *others = lines(("bits", 4), ("  fits", cards)).splitlines()[1:]
+    assert first.startswith("  fits  RTX 4080, 5080; RTX")
+    assert others
+    for line in others:
+        assert line.startswith("        RTX 4080, 5080")
+        assert len(line) <= LINE
+    assert lines(("fits", cards)).rows == (("fits", cards),)
 
 
 def test_words_reach_the_browser_with_the_picture(toy):
@@ -338,8 +372,8 @@ def test_words_reach_the_browser_with_the_picture(toy):
 
 def test_snapshots_are_rows_and_change_nothing(toy):
     before = toy.settings, toy.readout, toy.figure.pixels()
-    picture = toy.snapshots([{"bits": 8}, {"bits": 3, "group_size": "tensor"}])
-    assert picture.alt == "bits 8: a line at 8 bits 3, group size per tensor: a line at 3"
+    picture = toy.snapshots([{"bits": 8}, {"bits": 3, "group_size": None}])
+    assert picture.alt == "bits 8: a line at 8 bits 3, per tensor: a line at 3"
     assert (picture.width, picture.height) == (400, 2 * (40 + 200))
     rows = np.asarray(Image.open(io.BytesIO(picture.png)).convert("RGB"))
     assert not np.array_equal(rows[40:240], rows[280:480])
@@ -355,14 +389,14 @@ def test_snapshots_of_settings_that_do_not_fit_are_refused(toy):
 
 def test_table_side_by_side(toy):
     toy.set(strength=10)
-    table = toy.table([{"bits": 8}, {"group_size": 64}, {"bits": 3, "group_size": "tensor"}])
+    table = toy.table([{"bits": 8}, {"group_size": 64}, {"bits": 3, "group_size": None}])
     assert repr(table) == (
-        "bits        8           8   3\n"
-        "group size  per tensor  64  per tensor\n"
-        "----------  ----------  --  ----------\n"
-        "group size  tensor      64  tensor"
+        "bits        8           8             3\n"
+        "group size  per tensor  groups of 64  per tensor\n"
+        "----------  ----------  ------------  ----------\n"
+        "group size  None        64            None"
     )
-    assert calls[-3:] == [(8, "tensor", 10), (8, 64, 10), (3, "tensor", 10)]
+    assert calls[-3:] == [(8, None, 10), (8, 64, 10), (3, None, 10)]
 
 
 def test_table_of_settings_that_do_not_fit_is_refused(toy):

@@ -8,7 +8,7 @@ import torch
 
 from chapter13 import models, quantize_absmax, quantize_affine, quantize_codebook
 from chapter13.explorers.codebooks import student_t
-from chapter13.explorers.gguf import SIZES, all_levels, explore_gguf, prepare, view
+from chapter13.explorers.gguf import GROUP_SIZES, all_levels, explore_gguf, prepare, view
 from chapter13.gguf_blocks import ENCODERS, quantize, read
 from chapter13.measures import relative_rmse
 from chapter13.plots import gguf as pictures
@@ -39,7 +39,7 @@ def test_the_layer_s_numbers_are_the_packages_own(weights, layers):
         layer = layers[name]
         assert set(layer.curves) == set(quantizers) == set(pictures.CURVES)
         for label, quantizer in quantizers.items():
-            for size, (bits, error) in zip(SIZES, layer.curves[label], strict=True):
+            for size, (bits, error) in zip(GROUP_SIZES, layer.curves[label], strict=True):
                 q = quantizer(weight, size)
                 assert bits == q.bits_per_weight
                 assert error == relative_rmse(weight, q.dequantize())

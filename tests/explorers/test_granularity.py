@@ -8,12 +8,11 @@ import pytest
 import torch
 from tiny import normal
 
-from chapter13.explorers import granularity
+from chapter13.explorers import granularity, layers
 from chapter13.explorers.granularity import (
     BITS,
     GROUP_SIZES,
     LAYERS,
-    curve_rows,
     explore_granularity,
     prepare,
     view,
@@ -49,11 +48,11 @@ def layer(request):
 
 def package(weight, bits, group_size, affine):
     quantizer = quantize_affine if affine else quantize_absmax
-    return quantizer(weight, bits, {"tensor": None}.get(group_size, group_size))
+    return quantizer(weight, bits, group_size)
 
 
 def fits(weight, group_size):
-    return isinstance(group_size, str) or weight.shape[1] % group_size == 0
+    return not isinstance(group_size, int) or weight.shape[1] % group_size == 0
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -129,30 +128,28 @@ def test_what_the_explorer_is_there_to_show():
     quiet_rows = torch.arange(64) != 3
     quiet_columns = torch.arange(192) >= 16  # beyond the loud column's group
     everything = slice(None)
-    loud_row = [quiet_error(row, s, quiet_rows, everything) for s in ("tensor", "channel")]
-    loud_column = [
-        quiet_error(column, s, everything, quiet_columns) for s in ("tensor", "channel", 16)
-    ]
+    loud_row = [quiet_error(row, s, quiet_rows, everything) for s in (None, "channel")]
+    loud_column = [quiet_error(column, s, everything, quiet_columns) for s in (None, "channel", 16)]
     assert loud_row[0] > 20 * loud_row[1]
     assert loud_column[0] < 2 * loud_column[1]
     assert loud_column[1] > 20 * loud_column[2]
 
 
 def test_curves_of_a_large_layer_are_of_some_rows_and_keep_the_scale_per_tensor(monkeypatch):
-    monkeypatch.setattr(granularity, "CURVE_WEIGHTS", 1000)
+    monkeypatch.setattr(layers, "MOST", 1000)
     weight = normal(100, 64)
     weight[33, 5], weight[77, 9] = 40.0, -30.0
-    rows = curve_rows(weight)
+    rows = layers.sample_rows(weight)
     assert {tuple(row.tolist()) for row in rows} == {
         tuple(weight[i].tolist()) for i in (*range(0, 100, 7), 33)
     }
     for affine in (False, True):
-        few = package(rows, 4, "tensor", affine)
-        assert torch.equal(few.scale, package(weight, 4, "tensor", affine).scale)
+        few = package(rows, 4, None, affine)
+        assert torch.equal(few.scale, package(weight, 4, None, affine).scale)
         quantized = few.dequantize()
         point = prepare(weight).curves[affine][2, 0]
         assert point.tolist() == [few.bits_per_weight, relative_rmse(rows, quantized)]
-    assert view(prepare(weight), 4, "tensor", False).mse == pytest.approx(
+    assert view(prepare(weight), 4, None, False).mse == pytest.approx(
         mse(weight, quantize_absmax(weight, 4).dequantize()), rel=2 * weight.numel() * 2.0**-53
     )
 

@@ -95,20 +95,6 @@ function keepEvents(mount) {
   });
 }
 
-/** The lines of a readout as a table: letters of unequal width need less room. */
-function layOutReadout(pre) {
-  const table = document.createElement("table");
-  for (const line of pre.textContent.split("\n")) {
-    const [, label, value] = line.match(/^( *\S.*?) {2,}(.*)$/) ?? [, line, null];
-    const row = table.insertRow();
-    row.insertCell().textContent = label;
-    if (value === null) row.cells[0].colSpan = 2;
-    else row.insertCell().textContent = value;
-  }
-  pre.parentElement.classList.toggle("long", table.rows.length > 5);
-  pre.replaceWith(table);
-}
-
 /**
  * Called when a readout is first seen, and when it grows. Its room only grows, lest the picture
  * jump; where it leaves the picture too little, it goes beside it.
@@ -122,16 +108,13 @@ function divideRoom([{ target: room }]) {
   if (room.offsetHeight) room.style.minHeight = `${room.offsetHeight}px`;
 }
 
-/** Lays readouts out as they come: a panel's parts appear one by one, and each move makes one. */
-function watchReadouts(mount) {
-  const seen = new ResizeObserver(divideRoom);
-  new MutationObserver(() => {
-    for (const pre of mount.querySelectorAll(".widget-html-content > pre")) {
-      seen.observe(pre.parentElement);
-      layOutReadout(pre);
-    }
-    for (const picture of mount.querySelectorAll(".widget-image")) picture.alt = picture.title;
-  }).observe(mount, { childList: true, subtree: true });
+/** Gives the readout its room, and the picture its words: what ipywidgets makes a tooltip of. */
+function watch(mount) {
+  new ResizeObserver(divideRoom).observe(mount.querySelector(".widget-html-content"));
+  const picture = mount.querySelector(".widget-image");
+  const name = () => (picture.alt = picture.title);
+  new MutationObserver(name).observe(picture, { attributeFilter: ["title"] });
+  name();
 }
 
 async function goLive({ HTMLManager }) {
@@ -145,8 +128,9 @@ async function goLive({ HTMLManager }) {
     keepEvents(mount);
     const view = await manager.create_view(await manager.get_model(mount.dataset.model));
     mount.replaceChildren();
-    watchReadouts(mount);
     await manager.display_view(view, mount);
+    await Promise.all(view.children_views.views); // a panel's parts come one by one
+    watch(mount);
     mount.classList.add("live-on");
   }
   document.documentElement.classList.add("live-ready");
