@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.collections import LineCollection
 
 from chapter13.plots.live import LiveFigure
-from chapter13.plots.picture import COLORS, style
+from chapter13.plots.picture import COLORS, method_fill, style
 
 
 class AbsmaxFigure(LiveFigure):
@@ -18,7 +18,6 @@ class AbsmaxFigure(LiveFigure):
 
     def __init__(self):
         super().__init__(width=10, height=3.8, cols=2, width_ratios=[3, 2])
-        self._limit = None
         grid, error = self.axes
         with style():
             grid.set(ylim=(0, 1.18), xlabel="weight", ylabel="count (highest = 1)")
@@ -31,7 +30,7 @@ class AbsmaxFigure(LiveFigure):
             gray = {"fill": True, "color": COLORS["original"], "alpha": 0.55}
             self._weights = grid.stairs(*no_data, label="weights", **gray)
             self._levels = LineCollection(
-                [], colors=COLORS["int8"], capstyle="butt", label="levels in use"
+                [], capstyle="butt", label="levels in use", **method_fill("absmax")
             )
             grid.add_collection(self._levels, autolim=False)
             self._behind = error.stairs(*no_data, label="weights", **gray)
@@ -58,8 +57,7 @@ class AbsmaxFigure(LiveFigure):
             self.animate(self._title, self._error_title, self._outlier)
 
     def update(self, view):
-        if view.limit != self._limit:  # another layer
-            self._limit = view.limit
+        if self.changed(view.limit):  # another layer
             for ax in self.axes:
                 ax.set_xlim(-view.limit, view.limit)
             self.redraw()

@@ -4,9 +4,22 @@ import numpy as np
 from matplotlib.colors import LogNorm
 
 from chapter13.plots.live import LiveFigure
-from chapter13.plots.picture import COLORS, Picture, new_figure, style
+from chapter13.plots.picture import (
+    COLORS,
+    METHOD_LOOK,
+    SERIES,
+    Picture,
+    method_line,
+    method_named,
+    new_figure,
+    style,
+)
+from chapter13.plots.shapes import draw_dot_rows
 
-METHODS = ("per tensor", "static", "per token", "SmoothQuant", "LLM.int8()")
+METHODS = tuple(
+    METHOD_LOOK[method].label
+    for method in ("per_tensor", "static", "per_token", "smoothquant", "llm_int8")
+)
 SHOWN = 60  # channels in the explorer's picture, the largest first
 TOP = 60  # dB
 
@@ -35,22 +48,6 @@ def outlier_map(names: list[str], absmax: np.ndarray) -> Picture:
     )
 
 
-def bars(values: dict[str, float], label: str, alt: str, log: bool = False) -> Picture:
-    """One horizontal bar for each method."""
-    with style():
-        figure, ax = new_figure(10, 1.2 + 0.5 * len(values))
-        ax.barh(list(values), list(values.values()), color=COLORS["int8"], height=0.6)
-        for row, value in enumerate(values.values()):
-            ax.text(value, row, f" {value:.2g}", va="center", weight="bold")
-        ax.invert_yaxis()
-        ax.grid(visible=False, axis="y")
-        ax.set_xlabel(label)
-        if log:
-            ax.set_xscale("log")
-        ax.margins(x=0.12)
-    return Picture(figure, alt)
-
-
 class ActivationsFigure(LiveFigure):
     """Shows an `explorers.activations.View`: channels at the left, errors of all ways right."""
 
@@ -64,24 +61,24 @@ class ActivationsFigure(LiveFigure):
                 xlabel=f"the {SHOWN} largest input channels", ylabel="largest magnitude",
             )  # fmt: skip
             empty = np.full(SHOWN, np.nan)
-            gray, blue = COLORS["original"], COLORS["int8"]
+            gray, teal = COLORS["original"], SERIES[1]
             (self._before,) = channels.plot(x, empty, "o", ms=5, color=gray, label="activations")
-            (self._after,) = channels.plot(x, empty, "x", ms=6, color=blue, label="smoothed")
+            (self._after,) = channels.plot(x, empty, "x", ms=6, color=teal, label="smoothed")
             self._clip = channels.axhline(1, color=COLORS["error"], label="static clip")
             self._threshold = channels.axhline(
-                1, color=COLORS["nf4"], ls="--", label="outlier threshold"
+                1, color=COLORS["text"], ls="--", label="outlier threshold"
             )
             channels.legend(loc="upper right", ncols=2)
-            self._bars = error.barh(METHODS, [1] * len(METHODS), color=blue, height=0.6)
+            looks = {label: method_line(method_named(label)) for label in METHODS}
+            draw_dot_rows(error, {label: {label: 0} for label in METHODS}, looks)
+            self._dots = error.lines[:]
             self._numbers = [
                 error.text(0, row, "", va="center", weight="bold", fontsize=12)
                 for row in range(len(METHODS))
             ]
-            error.invert_yaxis()
-            error.grid(visible=False, axis="y")
             error.set(xlim=(0, TOP), xlabel="SQNR of the layer's output, dB")
             self.animate(self._before, self._after, self._clip, self._threshold)
-            self.animate(*self._bars, *self._numbers)
+            self.animate(*self._dots, *self._numbers)
 
     def update(self, view):
         for line, values in ((self._before, view.before), (self._after, view.after)):
@@ -90,8 +87,8 @@ class ActivationsFigure(LiveFigure):
             line.set_ydata(padded)
         self._clip.set_ydata([view.clip] * 2)
         self._threshold.set_ydata([view.threshold] * 2)
-        for bar, number, value in zip(self._bars, self._numbers, view.sqnr.values(), strict=True):
-            width = min(max(value, 0), TOP - 10)
-            bar.set_width(width)
-            number.set_x(width + 1)
+        for dot, number, value in zip(self._dots, self._numbers, view.sqnr.values(), strict=True):
+            place = min(max(value, 0), TOP - 10)
+            dot.set_xdata([place])
+            number.set_x(place + 3)
             number.set_text(f"{value:.1f}")

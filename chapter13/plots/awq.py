@@ -5,9 +5,19 @@ import math
 import numpy as np
 
 from chapter13.plots.live import LiveFigure
-from chapter13.plots.picture import COLORS, Picture, new_figure, style
+from chapter13.plots.picture import (
+    COLORS,
+    METHOD_LOOK,
+    SERIES,
+    Picture,
+    method_fill,
+    method_line,
+    new_figure,
+    set_ticks,
+    style,
+)
 
-CURVES = [COLORS[name] for name in ("int8", "int4", "nf4", "fp4")]
+NEAREST = METHOD_LOOK["nearest"].label
 
 
 def loss_curves(ratios: tuple[float, ...], losses: dict[str, list[float]]) -> Picture:
@@ -18,17 +28,17 @@ def loss_curves(ratios: tuple[float, ...], losses: dict[str, list[float]]) -> Pi
     words = []
     with style():
         figure, ax = new_figure(10, 4)
-        for (name, values), color, marker in zip(losses.items(), CURVES, "osD^", strict=False):
+        for (name, values), color, marker in zip(losses.items(), SERIES, "osD^", strict=False):
             relative = np.array(values) / values[0]
             best = int(relative.argmin())
             ax.plot(ratios, relative, color=color, label=name)
             ax.plot(ratios[best], relative[best], marker, ms=11, color=color)
             words.append(f"{name} is best at r = {ratios[best]:.2f} with {relative[best]:.2g}")
-        ax.axhline(1, color=COLORS["original"], ls="--", label="plain rounding")
-        ax.set(xlabel="r", ylabel="loss / plain rounding's", yscale="log")
+        ax.axhline(1, lw=3, label=NEAREST, **method_fill("nearest"))
+        ax.set(xlabel="r", ylabel=f"loss / {NEAREST}'s", yscale="log")
         set_loss_axis(ax, np.array([np.array(each) / each[0] for each in losses.values()]))
         ax.legend(loc="lower left")
-    return Picture(figure, f"Curves of loss over r, plain rounding is 1: {'; '.join(words)}.")
+    return Picture(figure, f"Curves of loss over r, {NEAREST} is 1: {'; '.join(words)}.")
 
 
 class AwqFigure(LiveFigure):
@@ -37,22 +47,21 @@ class AwqFigure(LiveFigure):
     def __init__(self):
         super().__init__(width=10, height=4.2, cols=2, width_ratios=[3, 2])
         channels, loss = self.axes
-        self._shown = None  # the losses that the axes were drawn for
         with style():
             channels.set(
                 xscale="log", yscale="log", ylim=(1e-3, 1e3),
                 xlabel="input channels, largest mean |x| first", ylabel="value of a channel",
             )  # fmt: skip
-            gray, blue, red = COLORS["original"], COLORS["int8"], COLORS["highlight"]
+            gray, teal, red = COLORS["original"], SERIES[1], COLORS["highlight"]
             (self._before,) = channels.plot([], [], color=gray, lw=3, label="mean |x|")
-            (self._after,) = channels.plot([], [], color=blue, ls="--", label="mean |x| / s")
+            (self._after,) = channels.plot([], [], color=teal, ls="--", label="mean |x| / s")
             (self._s,) = channels.plot([], [], color=red, lw=3, label="s")
             self._band = channels.axvspan(0, 1, color=red, alpha=0.15, label="protected: s ≥ 2")
             channels.legend(loc="upper right", ncols=2)
-            loss.set(xlim=(-0.03, 0.98), yscale="log", xlabel="r", ylabel="loss / plain rounding's")
-            loss.axhline(1, color=gray, ls="--")
-            (self._curve,) = loss.plot([], [], color=blue, lw=3)
-            (self._best,) = loss.plot([], [], "D", ms=11, color=COLORS["nf4"], label="best r")
+            loss.set(xlim=(-0.03, 0.98), yscale="log", xlabel="r", ylabel=f"loss / {NEAREST}'s")
+            loss.axhline(1, lw=3, **method_fill("nearest"))
+            (self._curve,) = loss.plot([], [], lw=3, **method_fill("awq"))
+            (self._best,) = loss.plot([], [], "D", ms=11, color=COLORS["text"], label="best r")
             (self._now,) = loss.plot([], [], "o", ms=9, color=red, label="this r")
             loss.legend(loc="lower left")
         self.animate(self._band, self._before, self._after, self._s)
@@ -61,10 +70,8 @@ class AwqFigure(LiveFigure):
     def update(self, view):
         rank = np.arange(1, len(view.activation) + 1)
         relative = view.losses / view.losses[0]
-        if self._shown is None or not np.array_equal(self._shown, view.losses):
-            self._shown = view.losses
-            ticks = [tick for tick in (1, 10, 100, 1000, 10000) if tick <= len(rank)]
-            self.axes[0].set_xticks(ticks, [str(tick) for tick in ticks])
+        if self.changed((len(rank), *view.losses)):  # another layer, bits or group size
+            set_ticks(self.axes[0].xaxis, [1, 10, 100, 1000, 10000])
             self.axes[0].set_xlim(0.8, 1.2 * len(rank))
             set_loss_axis(self.axes[1], relative)
             self.redraw()
@@ -87,8 +94,7 @@ def set_loss_axis(ax, relative):
     exponents = range(math.ceil(math.log(low, base)), math.floor(math.log(high, base)) + 1)
     ticks = [float(base) ** exponent for exponent in exponents]
     ax.set_ylim(low, high)
-    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    ax.minorticks_off()
+    set_ticks(ax.yaxis, ticks)
 
 
 def scale_curve(scales: list[float], errors: list[float]) -> Picture:
@@ -96,15 +102,13 @@ def scale_curve(scales: list[float], errors: list[float]) -> Picture:
     best = int(np.argmin(errors))
     with style():
         figure, ax = new_figure(10, 3.6)
-        ax.plot(scales, errors, "o-", color=COLORS["int8"])
-        ax.plot(scales[best], errors[best], "D", ms=12, color=COLORS["nf4"], label="best")
+        ax.plot(scales, errors, ms=8, **method_line("awq"))
+        ax.plot(scales[best], errors[best], "D", ms=12, color=COLORS["text"], label="best")
         ax.set(
             xscale="log", yscale="log", xlabel="s of the large channel",
             ylabel="mean squared error\nof the output",
         )  # fmt: skip
-        ticks = [2**k for k in range(10) if scales[0] <= 2**k <= scales[-1]]
-        ax.set_xticks(ticks, [str(tick) for tick in ticks])
-        ax.minorticks_off()
+        set_ticks(ax.xaxis, [2**k for k in range(10)])
         ax.legend()
     return Picture(
         figure,

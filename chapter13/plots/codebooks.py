@@ -7,17 +7,21 @@ from matplotlib.collections import LineCollection
 from matplotlib.patches import Rectangle
 
 from chapter13.plots.live import LiveFigure
-from chapter13.plots.picture import COLORS, Picture, new_figure, style
+from chapter13.plots.picture import (
+    COLORS,
+    METHOD_LOOK,
+    SERIES,
+    Picture,
+    method_fill,
+    method_line,
+    new_figure,
+    style,
+)
+from chapter13.plots.shapes import draw_dot_rows, draw_level_rows, stacked_bars
 
-METHODS = {"absmax": "INT4 absmax", "affine": "INT4 affine", "nf4": "NF4", "fp4": "FP4"}
-METHOD_COLORS = {
-    "absmax": COLORS["int4"],
-    "affine": COLORS["affine"],
-    "nf4": COLORS["nf4"],
-    "fp4": COLORS["fp4"],
-}
-MARKERS = {"absmax": "s", "affine": "D", "nf4": "o", "fp4": "^"}
-PARTS = ["#0072B2", "#E69F00", "#CC79A7", "#56B4E9"]  # codes first, then what comes on top
+
+def labels(methods):
+    return [METHOD_LOOK[method].label for method in methods]
 
 
 def code_counts(counts):
@@ -26,7 +30,7 @@ def code_counts(counts):
     unused = codes[counts == 0]
     with style():
         figure, ax = new_figure(width=10, height=3.2)
-        ax.bar(codes, counts, color=COLORS["int4"])
+        ax.bar(codes, counts, **method_fill("absmax"))
         for code in unused:
             ax.text(
                 code,
@@ -55,7 +59,7 @@ def bit_stream(codes, bits):
         ax.set(xlim=(-0.2, 8 * total + 0.2), ylim=(-1.0, 2.0))
         ax.set_axis_off()
         for place, bit in enumerate(text):
-            color = COLORS["int4"] if place // bits % 2 else COLORS["affine"]
+            color = SERIES[place // bits % 2]
             ax.add_patch(
                 Rectangle(
                     (place, 0), 1, 1, facecolor=color, alpha=0.55, edgecolor="white", linewidth=2
@@ -89,13 +93,17 @@ def weights_and_levels(normalized, levels):
             ax.plot(
                 np.asarray(points),
                 np.full(len(points), height),
-                linestyle="",
-                marker=MARKERS[name],
-                markersize=9,
-                color=METHOD_COLORS[name],
                 clip_on=False,
+                **method_line(name) | {"linestyle": "", "ms": 9},
             )
-            ax.text(1.06, height, METHODS[name], color=COLORS["text"], va="center", fontsize=13)
+            ax.text(
+                1.06,
+                height,
+                METHOD_LOOK[name].label,
+                color=COLORS["text"],
+                va="center",
+                fontsize=13,
+            )
         ax.set(
             xlim=(-1.04, 1.4),
             ylim=(-0.1 - 0.2 * len(levels), 1.05),
@@ -109,7 +117,7 @@ def weights_and_levels(normalized, levels):
             figure,
             f"Histogram of the weights of a layer, each over the absmax of its block: {inside:.0%} "
             f"lie between -0.5 and 0.5. Below it the levels of "
-            f"{' and '.join(METHODS[name] for name in levels)}.",
+            f"{' and '.join(labels(levels))}.",
         )
 
 
@@ -121,8 +129,8 @@ def equal_slices(edges, points):
         for index, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
             x = np.linspace(max(low, -3.2), min(high, 3.2), 40)
             y = [curve.pdf(value) for value in x]
-            color = COLORS["nf4"] if index % 2 else COLORS["grid"]
-            ax.fill_between(x, y, color=color, alpha=0.8, linewidth=0)
+            look = method_fill("nf4") if index % 2 else {"color": COLORS["grid"]}
+            ax.fill_between(x, y, alpha=0.8, linewidth=0, **look)
         x = np.linspace(-3.2, 3.2, 200)
         ax.plot(x, [curve.pdf(value) for value in x], color=COLORS["text"])
         ax.plot(
@@ -141,123 +149,63 @@ def equal_slices(edges, points):
         )
 
 
-def number_line(level_sets):
+def code_books(level_sets):
     """level_sets: method -> levels in [-1, 1] -> the sets above each other on one line."""
+    sets = {method: np.unique(np.asarray(levels)) for method, levels in level_sets.items()}
+    rows = dict(zip(labels(sets), sets.values(), strict=True))
+    looks = {METHOD_LOOK[method].label: {"lw": 4} | method_fill(method) for method in sets}
     with style():
         figure, ax = new_figure(width=10, height=3.2)
-        names = list(level_sets)
-        for row, name in enumerate(names):
-            points = np.unique(np.asarray(level_sets[name]))
-            ax.vlines(points, row - 0.3, row + 0.3, color=METHOD_COLORS[name], linewidth=4)
-        ax.set(xlim=(-1.03, 1.03), ylim=(-0.6, len(names) - 0.4), xlabel="value / absmax")
-        ax.set_yticks(range(len(names)), [METHODS[name] for name in names])
-        ax.tick_params(axis="y", labelsize=14, length=0)
-        ax.invert_yaxis()
-        ax.grid(axis="y", visible=False)
-        gaps = {name: np.diff(np.unique(np.asarray(level_sets[name]))) for name in names}
+        draw_level_rows(ax, rows, looks)
+        ax.set(xlim=(-1.03, 1.03), xlabel="value / absmax")
+        ax.grid(axis="x")
+        ax.tick_params(axis="y", labelsize=14)
         told = "; ".join(
-            f"{METHODS[name]} gaps from {gap.min():.3f} to {gap.max():.3f}"
-            for name, gap in gaps.items()
+            f"{label} gaps from {np.diff(levels).min():.3f} to {np.diff(levels).max():.3f}"
+            for label, levels in rows.items()
         )
         return Picture(figure, f"The levels of each code book as lines between -1 and 1: {told}.")
 
 
 def storage_bars(rows):
     """rows: label -> {part: bits per weight} -> stacked bars, the total at the end."""
-    parts = list(dict.fromkeys(part for row in rows.values() for part in row))
-    with style():
-        figure, ax = new_figure(width=10, height=1.5 + 0.55 * len(rows))
-        for index, row in enumerate(rows.values()):
-            start = 0.0
-            for part, bits in row.items():
-                color = PARTS[parts.index(part)]
-                ax.barh(index, bits, left=start, height=0.62, color=color, edgecolor="white")
-                start += bits
-            ax.text(start + 0.012, index, f"{start:.4g}", va="center", fontsize=14)
-        for color, part in zip(PARTS, parts, strict=False):
-            most = max(row.get(part, 0) for row in rows.values())
-            seen = "" if most > 0.01 else f" ({most:.3f}: too thin to see)"
-            ax.barh(0, 0, color=color, label=part + seen)
-        ax.set_yticks(range(len(rows)), list(rows))
-        ax.invert_yaxis()
-        ax.grid(axis="y", visible=False)
-        ax.set(xlim=(3.5, 4.65), xlabel="bits per weight (the axis starts at 3.5)")
-        figure.legend(loc="outside upper center", ncols=len(parts))
-        told = "; ".join(
-            f"{label} {sum(row.values()):.4g} ("
-            + ", ".join(f"{part} {bits:.2g}" for part, bits in row.items())
-            + ")"
-            for label, row in rows.items()
-        )
-        return Picture(figure, f"Bits per weight, part by part: {told}.")
+    names = {}
+    for part in dict.fromkeys(part for row in rows.values() for part in row):
+        most = max(row.get(part, 0) for row in rows.values())
+        names[part] = part if most > 0.01 else f"{part} ({most:.3f}: too thin to see)"
+    told = "; ".join(
+        f"{label} {sum(row.values()):.4g} ("
+        + ", ".join(f"{part} {bits:.2g}" for part, bits in row.items())
+        + ")"
+        for label, row in rows.items()
+    )
+    return stacked_bars(
+        rows,
+        "bits per weight (the axis starts at 3.5)",
+        f"Bits per weight, part by part: {told}.",
+        names,
+        end="{:.4g}",
+        xlim=(3.5, 4.65),
+    )
 
 
 def error_chart(table):
     """table: distribution -> {method: relative RMSE} -> a dot for each, a row a distribution."""
+    methods = list(next(iter(table.values())))
+    looks = {
+        method: method_line(method) | {"label": METHOD_LOOK[method].label} for method in methods
+    }
     with style():
         figure, ax = new_figure(width=10, height=1.3 + 0.5 * len(table))
-        for row, errors in enumerate(table.values()):
-            ax.hlines(row, min(errors.values()), max(errors.values()), color=COLORS["grid"], lw=5)
-        for method in METHODS:
-            ax.plot(
-                [errors[method] for errors in table.values()],
-                range(len(table)),
-                linestyle="",
-                marker=MARKERS[method],
-                markersize=11,
-                color=METHOD_COLORS[method],
-                label=METHODS[method],
-            )
-        ax.set_yticks(range(len(table)), list(table))
-        ax.set_ylim(len(table) - 0.5, -0.5)
-        ax.grid(axis="y", visible=False)
+        draw_dot_rows(ax, table, looks, spans=True)
         ax.set_xlim(left=0)
         ax.set_xlabel("relative RMSE (left is better)")
-        figure.legend(loc="outside upper center", ncols=len(METHODS))
+        figure.legend(loc="outside upper center", ncols=len(methods))
         best = ", ".join(
-            f"{METHODS[min(errors, key=errors.get)]} on {name}" for name, errors in table.items()
+            f"{METHOD_LOOK[min(errors, key=errors.get)].label} on {name}"
+            for name, errors in table.items()
         )
         return Picture(figure, f"Relative RMSE by weights and method. The smallest error: {best}.")
-
-
-def curve_style(label, method):
-    """How a method's curve is drawn: dashed and hollow where its scales are quantized twice."""
-    double = "double" in label
-    return {
-        "label": label,
-        "marker": MARKERS[method],
-        "color": METHOD_COLORS[method],
-        "linestyle": "--" if double else "-",
-        "markerfacecolor": "white" if double else METHOD_COLORS[method],
-    }
-
-
-def error_per_bit(curves):
-    """curves: label -> (method, [(block size, bits per weight, relative RMSE), ...])."""
-    with style():
-        figure, ax = new_figure(width=10, height=4.2)
-        for label, (method, points) in curves.items():
-            _, bits, errors = zip(*points, strict=True)
-            ax.plot(bits, errors, **curve_style(label, method), markersize=9)
-        for size, bits, error in next(iter(curves.values()))[1]:
-            ax.annotate(
-                f"{size}", (bits, error), xytext=(6, 6), textcoords="offset points", fontsize=12
-            )
-        ax.set(xlabel="bits per weight, scales included", ylabel="relative RMSE")
-        ax.legend()
-        at = {
-            label: min(points, key=lambda point: abs(point[1] - 4.25))
-            for label, (_, points) in curves.items()
-        }
-        told = "; ".join(
-            f"{label} {error:.3g} at {bits:.4g} bits (blocks of {size})"
-            for label, (size, bits, error) in at.items()
-        )
-        return Picture(
-            figure,
-            f"Error against bits per weight, a point for each block size (numbers at the first "
-            f"curve). Nearest to 4.25 bits: {told}.",
-        )
 
 
 def error_sources(levels, x, scale):
@@ -288,7 +236,7 @@ def error_sources(levels, x, scale):
             label="how many weights (own scale)",
         )
         for name, curve in sums.items():
-            ax.plot(edges, curve, color=METHOD_COLORS[name], linewidth=3, label=METHODS[name])
+            ax.plot(edges, curve, linewidth=3, label=METHOD_LOOK[name].label, **method_fill(name))
         ax.set(
             xlim=(0, 1),
             ylim=(0, 1.3 * top),
@@ -297,7 +245,7 @@ def error_sources(levels, x, scale):
         )
         ax.legend(loc="upper left", ncols=3)
         told = "; ".join(
-            f"{METHODS[name]} {curve[50]:.2g} up to 0.5 and {curve[-1]:.2g} in all"
+            f"{METHOD_LOOK[name].label} {curve[50]:.2g} up to 0.5 and {curve[-1]:.2g} in all"
             for name, curve in sums.items()
         )
         return Picture(
@@ -338,5 +286,5 @@ class CodeBookFigure(LiveFigure):
         self._levels.set_segments(
             [((x, 0), (x, y)) for x, y in zip(view.levels, heights, strict=True)]
         )
-        self._levels.set_color(METHOD_COLORS[view.method])
+        self._levels.set(**method_fill(view.method))
         self._levels.set_linewidth(np.clip(300 / view.level_total, 1, 7))

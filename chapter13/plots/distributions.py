@@ -4,16 +4,15 @@ import numpy as np
 from matplotlib.collections import LineCollection
 
 from chapter13.plots.live import LiveFigure
-from chapter13.plots.picture import COLORS, Picture, new_figure, style
-
-METHOD_COLORS = {
-    "absmax": COLORS["int8"],
-    "affine": COLORS["affine"],
-    "nf4": COLORS["nf4"],
-    "fp4": COLORS["fp4"],
-    "gptq": COLORS["int4"],  # no absmax INT4 beside them here
-    "awq": COLORS["text"],
-}
+from chapter13.plots.picture import (
+    COLORS,
+    SERIES,
+    Picture,
+    method_fill,
+    method_line,
+    new_figure,
+    style,
+)
 
 
 def percent(share):
@@ -21,24 +20,33 @@ def percent(share):
     return f"{share:.1%}" if share in (0, 1) else f"{min(max(share, 0.001), 0.999):.1%}"
 
 
+def _histograms(panels, xlabel, **layout):
+    """Densities side by side, title -> (values, keywords of `hist`): (figure, axes, peaks)."""
+    figure, axes = new_figure(width=10, cols=len(panels), **layout)
+    peaks = []
+    for ax, (title, (values, look)) in zip(axes, panels.items(), strict=True):
+        heights, _, _ = ax.hist(values, density=True, **look)
+        peaks.append(heights.max())
+        ax.set(title=title, xlabel=xlabel.format(len(np.unique(values))))
+    axes[0].set_ylabel("density")
+    return figure, axes, peaks
+
+
 def three_histograms(original, int8, int4, bins=80):
     """The chapter's picture: densities of three float arrays of any shape, `bins` bins each."""
-    panels = [
-        ("FP32 original", original, COLORS["original"]),
-        ("INT8 reconstructed", int8, COLORS["int8"]),
-        ("INT4 reconstructed", int4, COLORS["int4"]),
-    ]
-    peaks = []
+    rounded = {"bins": bins} | method_fill("absmax")
+    panels = {
+        "FP32 original": (original, {"bins": bins, "color": COLORS["original"]}),
+        "INT8 reconstructed": (int8, rounded),
+        "INT4 reconstructed": (int4, rounded),
+    }
+    panels = {title: (np.ravel(values), look) for title, (values, look) in panels.items()}
     with style():
-        figure, axes = new_figure(width=10, height=3.4, cols=3, sharex=True)
-        for ax, (title, values, color) in zip(axes, panels, strict=True):
-            values = np.asarray(values).ravel()
-            heights, _, _ = ax.hist(values, bins=bins, density=True, color=color)
-            distinct = len(np.unique(values))
-            peaks.append(heights.max())
-            ax.set(title=title, xlabel=f"weight: {distinct:,} distinct values")
+        figure, axes, peaks = _histograms(
+            panels, "weight: {:,} distinct values", height=3.4, sharex=True
+        )
+        for ax in axes:
             ax.locator_params(axis="x", nbins=4)
-        axes[0].set_ylabel("density")
         return Picture(
             figure,
             f"Three histograms with {bins} bins: the weights, a bell with its peak at a density of "
@@ -51,12 +59,11 @@ def same_data(values, bins):
     """One float array drawn with each of two numbers of bins, zoomed to the middle half."""
     values = np.asarray(values).ravel()
     limit = np.abs(values).max() / 2
+    panels = {f"{count} bins": (values, {"bins": count} | method_fill("absmax")) for count in bins}
     with style():
-        figure, axes = new_figure(width=10, height=3.2, cols=2, sharey=True)
-        for ax, count in zip(axes, bins, strict=True):
-            ax.hist(values, bins=count, density=True, color=COLORS["int8"])
-            ax.set(title=f"{count} bins", xlabel="INT8 reconstructed weight", xlim=(-limit, limit))
-        axes[0].set_ylabel("density")
+        figure, axes, _ = _histograms(panels, "INT8 reconstructed weight", height=3.2, sharey=True)
+        for ax in axes:
+            ax.set_xlim(-limit, limit)
         return Picture(
             figure,
             f"The same numbers as two histograms. With {bins[0]} bins it shows teeth, with "
@@ -70,8 +77,7 @@ def code_bars(counts_by_title):
         figure, axes = new_figure(width=10, height=3.2, cols=len(counts_by_title), squeeze=False)
         words = []
         for ax, (title, (codes, counts)) in zip(axes[0], counts_by_title.items(), strict=True):
-            color = COLORS["int8"] if len(codes) > 16 else COLORS["int4"]
-            ax.bar(codes, counts, width=1 if len(codes) > 16 else 0.8, color=color)
+            ax.bar(codes, counts, width=1 if len(codes) > 16 else 0.8, **method_fill("absmax"))
             ax.set(title=title, xlabel="code")
             ax.locator_params(axis="x", integer=True)
             ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -82,18 +88,17 @@ def code_bars(counts_by_title):
 
 def error_shapes(errors_by_title, bins=81):
     """A panel for each title: errors in units of the step, against the box of a uniform error."""
+    look = {"bins": bins, "range": (-0.6, 0.6), "color": COLORS["error"]}
+    panels = {title: (np.ravel(errors), look) for title, errors in errors_by_title.items()}
     with style():
-        cols = len(errors_by_title)
-        figure, axes = new_figure(width=10, height=3.2, cols=cols, sharey=True)
-        words = []
-        for ax, (title, errors) in zip(axes, errors_by_title.items(), strict=True):
-            errors = np.asarray(errors).ravel()
-            ax.hist(errors, bins=bins, range=(-0.6, 0.6), density=True, color=COLORS["error"])
+        figure, axes, _ = _histograms(panels, "error / step", height=3.2, sharey=True)
+        for ax in axes:
             ax.plot([-0.5, -0.5, 0.5, 0.5], [0, 1, 1, 0], color=COLORS["text"], ls="--", lw=2)
-            ax.set(title=title, xlabel="error / step", ylim=(0, 2.1))
+            ax.set_ylim(0, 2.1)
+        words = []
+        for title, (errors, _) in panels.items():
             middle = np.histogram(errors, [-0.05, 0.05])[0][0] / len(errors) / 0.1
             words.append(f"{title} {middle:.2f}")
-        axes[0].set_ylabel("density")
         return Picture(
             figure,
             "Histograms of the error in steps of the grid; dashed, the box of a uniform error, "
@@ -113,7 +118,8 @@ def histogram_pair(weight, approximation, bins=121):
         ax.stairs(
             counts / counts.max(), edges, fill=True, color=COLORS["original"], label="weights"
         )
-        ax.stairs(others / counts.max(), edges, lw=1.5, color=COLORS["int4"], label="reconstructed")
+        look = {"lw": 1.5, "label": "reconstructed"} | method_fill("absmax")
+        ax.stairs(others / counts.max(), edges, **look)
         ax.set(xlim=(-limit, limit), ylim=(0, 1.6), xlabel="weight", ylabel="count (highest = 1)")
         ax.set_yticks([0, 0.5, 1])
         ax.legend(loc="upper right")
@@ -140,7 +146,7 @@ def qq(points_by_title, xlabel, ylabel):
             x, y = np.asarray(x), np.asarray(y)
             limit = 1.05 * np.abs(x).max()
             ax.plot([-limit, limit], [-limit, limit], color=COLORS["text"], ls="--", lw=1.2)
-            ax.plot(x, y, "o", ms=4, color=COLORS["int8"])
+            ax.plot(x, y, "o", ms=4, color=SERIES[1])
             ax.set(title=title, xlabel=xlabel)
             farthest.append(f"{title}, {np.abs(y - x).max():.2g}")
         axes[0, 0].set_ylabel(ylabel)
@@ -206,24 +212,25 @@ class DistributionsFigure(LiveFigure):
             self.animate(self._shape, self._errors, box, self._points, self._zeros, self._used)
 
     def update(self, view):
-        layer, color = view.layer, METHOD_COLORS[view.method]
+        layer, look = view.layer, method_fill(view.method)
         highest = layer.density.max()
         self._weights.set_data(layer.density / highest)
         self._reconstruction.set_data(view.density / highest)
-        self._reconstruction.set(edgecolor=color, visible=not len(view.levels))
+        self._reconstruction.set(edgecolor=look["color"], gid=look["gid"])
+        self._reconstruction.set_visible(not len(view.levels))
         tips = zip(view.levels, view.level_heights, strict=True)
         self._levels.set_segments([((x, 0), (x, y)) for x, y in tips])
         # in points: the axes are some 330 wide; the line takes 60% of the gap between two levels
         gap = np.diff(view.levels).min(initial=9) / 9
-        self._levels.set(color=color, linewidth=np.clip(0.6 * 330 * gap, 0.8, 5))
+        self._levels.set(linewidth=np.clip(0.6 * 330 * gap, 0.8, 5), **look)
 
         heights = view.code_counts / view.code_counts.max()
         self._codes.set_data(heights, np.linspace(0, 1, len(heights) + 1))
-        self._codes.set_color(color)
+        self._codes.set(**look)
         self._shape.set_data(layer.density)
         self._errors.set_data(view.error_density)
         self._points.set_data(layer.quantiles, view.quantiles)
-        self._points.set_color(color)
+        self._points.set(**method_line(view.method))
         self._zeros.set_text(f"{percent(view.zeros)} of the weights become 0")
         self._used.set_text(
             f"{view.used} of {2**view.bits} codes in use, entropy {view.entropy:.2f}"

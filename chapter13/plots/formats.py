@@ -3,63 +3,27 @@
 import numpy as np
 import torch
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from chapter13.plots.live import LiveFigure
-from chapter13.plots.picture import COLORS, Picture, new_figure, style
+from chapter13.plots.picture import (
+    COLORS,
+    SERIES,
+    Picture,
+    method_fill,
+    method_line,
+    new_figure,
+    set_ticks,
+    style,
+)
+from chapter13.plots.shapes import draw_dot_rows, draw_level_rows, part_fill, stacked_bars
 
-# parts of a model: a bar shows either the first five or the last four
-PARTS = {
-    "embeddings": "#CC79A7",
-    "attention": "#0072B2",
-    "MLP": "#56B4E9",
-    "norms": "#D55E00",
-    "head": "#E69F00",
-    "codes": "#0072B2",
-    "scales": "#D55E00",
-    "kept": "#CC79A7",
-    "KV cache": "#009E73",
-}
 PART_NAMES = {
     "codes": "weights of the layers",
     "scales": "their scales",
     "kept": "embeddings, head, norms",
 }
-FIELDS = {"sign": "#E6A07C", "exponent": "#F5D58C", "mantissa": "#A8D8F0"}  # black digits on them
-FORMAT_COLORS = {
-    "fp32": COLORS["original"],
-    "fp16": COLORS["fp16"],
-    "bf16": COLORS["bf16"],
-    "int8": COLORS["int8"],
-    "int4": COLORS["int4"],
-}
-MARKERS = {"fp32": "s", "fp16": "D", "bf16": "D", "int8": "o", "int4": "^"}
-
-
-def stacked(rows: dict[str, dict[str, float]], label: str, alt: str) -> Picture:
-    """One horizontal bar a row, its parts side by side, with their numbers where there is room.
-
-    rows: name -> {part: percent}, parts named in PARTS. label: what the axis counts.
-    """
-    parts = list(dict.fromkeys(part for row in rows.values() for part in row))
-    most = max(sum(row.values()) for row in rows.values())
-    with style():
-        figure, ax = new_figure(width=10, height=1.5 + 0.62 * len(rows))
-        for y, row in enumerate(reversed(rows.values())):
-            left = 0
-            for part, amount in row.items():
-                ax.barh(y, amount, 0.66, left, color=PARTS[part], edgecolor="white")
-                if amount > 0.055 * most:
-                    text = f"{amount:.0f}%"
-                    ink = "white" if PARTS[part] in ("#0072B2", "#D55E00") else "black"
-                    ax.text(left + amount / 2, y, text, ha="center", va="center", color=ink)
-                left += amount
-        ax.set(xlabel=label, yticks=range(len(rows)), yticklabels=list(rows)[::-1])
-        ax.set_xlim(0, most * 1.01)
-        ax.grid(axis="y", visible=False)
-        handles = [Patch(color=PARTS[part], label=PART_NAMES.get(part, part)) for part in parts]
-        figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
-        return Picture(figure, alt)
+# black digits on them
+FIELDS = {"sign": "#E6A07C", "exponent": "#F5D58C", "mantissa": "#A8D8F0"}
 
 
 def parameter_shares(models: dict[str, dict[str, int]]) -> Picture:
@@ -71,7 +35,8 @@ def parameter_shares(models: dict[str, dict[str, int]]) -> Picture:
         ends = 1 - (parts["attention"] + parts["MLP"]) / total
         said.append(f"{ends:.0%} of {name}")
     alt = "The share of each part in the parameters. Embeddings, head and norms make up "
-    return stacked(rows, "share of all parameters (%)", alt + " and ".join(said) + ".")
+    alt += " and ".join(said) + "."
+    return stacked_bars(rows, "share of all parameters (%)", alt, inside="{:.0f}%", xlim=(0, 101))
 
 
 def spacing(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Picture:
@@ -81,10 +46,10 @@ def spacing(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Picture:
     with style():
         figure, ax = new_figure(width=10, height=4.2)
         for name, (magnitudes, gaps) in curves.items():
-            color = FORMAT_COLORS[name]
-            ax.loglog(magnitudes, gaps, color=color, label=name, lw=2.5)
+            ax.loglog(magnitudes, gaps, label=name, lw=2.5, **method_fill(name))
             if magnitudes[-1] < end / 2:
-                ax.plot(magnitudes[-1], gaps[-1], "|", color=color, ms=20, mew=3)
+                bar = {"color": COLORS["text"], "ms": 20, "mew": 3, "zorder": 3}
+                ax.plot(magnitudes[-1], gaps[-1], "|", **bar)
                 ended.append(name)
         ax.set(xlabel="magnitude of the number", ylabel="gap to the next number")
         ax.legend(loc="upper left")
@@ -107,9 +72,9 @@ def cast_errors(weight: torch.Tensor, casts: dict[str, torch.Tensor]) -> Picture
         for name, cast in casts.items():
             errors = _relative_errors(weight, cast)
             share = np.histogram(errors, edges)[0] / len(errors)
-            color, bound = FORMAT_COLORS[name], torch.finfo(cast.dtype).eps / 2
-            ax.stairs(100 * share, edges, fill=True, alpha=0.6, color=color, label=name)
-            ax.axvline(bound, color=color, ls="--", lw=2)
+            look, bound = method_fill(name), torch.finfo(cast.dtype).eps / 2
+            ax.stairs(100 * share, edges, fill=True, alpha=0.6, label=name, **look)
+            ax.axvline(bound, ls="--", lw=2, **look)
             place = {"transform": ax.get_xaxis_transform(), "va": "top"}
             ax.text(bound * 1.08, 1, f"$2^{{{round(np.log2(bound))}}}$", **place)
             medians.append(f"{np.median(errors[errors > 0]):.1e} for {name}")
@@ -129,15 +94,13 @@ def _relative_errors(weight: torch.Tensor, approximation: torch.Tensor) -> np.nd
     return ((approximation - weight)[some] / weight[some]).abs().numpy()
 
 
-def number_lines(lines: dict[str, np.ndarray]) -> Picture:
+def held_values(lines: dict[str, np.ndarray]) -> Picture:
     """The values a format can hold, a tick each; lines: label -> values."""
+    look = {"color": COLORS["text"], "lw": 0.9}
     with style():
         figure, ax = new_figure(width=10, height=0.9 + 0.9 * len(lines))
-        for y, values in enumerate(reversed(lines.values())):
-            ax.vlines(values, y - 0.3, y + 0.3, color=COLORS["text"], lw=0.9)
-        ax.set(yticks=range(len(lines)), yticklabels=list(lines)[::-1], xlabel="value")
-        ax.set_ylim(-0.5, len(lines) - 0.5)
-        ax.grid(visible=False)
+        draw_level_rows(ax, lines, dict.fromkeys(lines, look))
+        ax.set_xlabel("value")
     counts = ", ".join(f"{name}: {len(values)} values" for name, values in lines.items())
     alt = f"Every value between the ends, a tick each ({counts}). "
     return Picture(figure, alt + "The integer grid is even; the other is dense around zero.")
@@ -161,8 +124,7 @@ def relative_steps(weight: torch.Tensor, approximations: dict[str, torch.Tensor]
             sums = np.histogram(sizes, edges, weights=squares)[0]
             error = np.sqrt(sums / np.maximum(counts, 1))
             error[error == 0] = np.nan  # no error at all: no point on a log axis
-            look = {"color": FORMAT_COLORS[name], "marker": MARKERS[name], "ms": 6}
-            ax.loglog(middles, error, label=name, **look)
+            ax.loglog(middles, error, label=name, ms=6, **method_line(name))
         ax.axhline(1, color=COLORS["text"], lw=1.2, ls=":")
         ax.set(ylabel="relative error (RMS)", ylim=(3e-5, 3))
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -178,7 +140,7 @@ def relative_steps(weight: torch.Tensor, approximations: dict[str, torch.Tensor]
     return Picture(figure, alt)
 
 
-def sizes(rows: dict[str, dict[str, float]]) -> Picture:
+def bytes_left(rows: dict[str, dict[str, float]]) -> Picture:
     """The bytes of models in several formats, in percent of float32; rows: name -> {part: %}."""
     said = ", ".join(f"{name} {sum(parts.values()):.0f}%" for name, parts in rows.items())
     kept = list(rows.values())[-1]
@@ -186,22 +148,23 @@ def sizes(rows: dict[str, dict[str, float]]) -> Picture:
         f"What is left of the bytes in fp32: {said}. In the last row, embeddings, head and norms "
         f"make up {kept['kept'] / sum(kept.values()):.0%} of it."
     )
-    return stacked(rows, "bytes (% of the model in fp32)", alt)
+    most = max(sum(parts.values()) for parts in rows.values())
+    label = "bytes (% of the model in fp32)"
+    return stacked_bars(rows, label, alt, PART_NAMES, inside="{:.0f}%", xlim=(0, 1.01 * most))
 
 
 def kv_cache(tokens: list[int], caches: dict[str, list[float]]) -> Picture:
     """GB of keys and values against the length of the text; caches: model -> GB for `tokens`."""
-    palette = ["#D55E00", "#0072B2", "#009E73", "#CC79A7"]
     with style():
         figure, ax = new_figure(width=10, height=3.9)
-        for (name, gigabytes), color in zip(caches.items(), palette, strict=True):
+        for (name, gigabytes), color in zip(caches.items(), SERIES, strict=False):
             ax.loglog(tokens, gigabytes, color=color, marker="o", ms=6, label=name)
         ax.axhline(24, color=COLORS["text"], ls="--", lw=1.5)
         ax.text(tokens[0], 27, "all the memory of a 24 GB card", va="bottom", fontsize=12)
         ax.set(xlabel="tokens in the context", ylabel="KV cache (GB, 16 bits)")
-        ax.set_xticks(tokens, [f"{count // 1024}k" for count in tokens])
-        ax.xaxis.set_minor_locator(NullLocator())
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        set_ticks(ax.xaxis, tokens)
+        ax.set_xticklabels([f"{count // 1024}k" for count in tokens])
+        set_ticks(ax.yaxis, [0.01, 0.1, 1, 10, 100, 1000])
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     last = ", ".join(f"{name} {gigabytes[-1]:.1f} GB" for name, gigabytes in caches.items())
     alt = f"The KV cache grows with the text; at {tokens[-1] // 1024}k tokens: {last}."
@@ -212,23 +175,16 @@ def sizes_and_cards(sizes: dict[str, dict[str, float]], cards: dict[str, float])
     """Each model in each format against memory; sizes: model -> {format: GB}; cards: name -> GB."""
     with style():
         figure, ax = new_figure(width=10, height=4.3)
-        for y, row in enumerate(reversed(sizes.values())):
-            ax.plot([min(row.values()), max(row.values())], [y, y], color=COLORS["grid"], lw=4)
-            for format, gigabytes in row.items():
-                ax.plot(gigabytes, y, MARKERS[format], color=FORMAT_COLORS[format], ms=11)
+        formats = next(iter(sizes.values()))
+        looks = {format: method_line(format) | {"label": format} for format in formats}
+        draw_dot_rows(ax, sizes, looks, spans=True)
         for turn, memory in enumerate(sorted(set(cards.values()))):
             ax.axvline(memory, color=COLORS["text"], lw=1.2, ls="--", zorder=0)
             place = {"transform": ax.get_xaxis_transform(), "ha": "center"}
             ax.text(memory, 1.01 + 0.07 * (turn % 2), f"{memory:g}", **place)
         ax.set_title("memory of today's cards (GB)", pad=48, fontsize=13, weight="normal")
         ax.set(xscale="log", xlabel="weights (GB)")
-        ax.set(
-            yticks=range(len(sizes)), yticklabels=list(sizes)[::-1], ylim=(-0.6, len(sizes) - 0.4)
-        )
-        ax.set_xticks([0.1, 0.3, 1, 3, 10, 30, 100, 300], "0.1 0.3 1 3 10 30 100 300".split())
-        ax.xaxis.set_minor_locator(LogLocator(subs=[]))
-        for format in next(iter(sizes.values())):
-            ax.plot([], [], MARKERS[format], color=FORMAT_COLORS[format], ms=11, label=format)
+        set_ticks(ax.xaxis, [0.1, 0.3, 1, 3, 10, 30, 100, 300])
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     largest, row = list(sizes.items())[-1]
     alt = (
@@ -257,7 +213,7 @@ class BitsFigure(LiveFigure):
                 self._places += [(i + 0.5, bottom + 0.44) for i in range(sum(fields))]
                 self._heads.append(ax.text(0, bottom + 1.1, "", fontsize=13, weight="bold"))
             # markers in the shape of digits are drawn four times as fast as texts
-            like = {"ls": "", "ms": 11, "mew": 0, "color": "black"}
+            like = {"linestyle": "", "ms": 11, "mew": 0, "color": "black"}
             self._digits = [ax.plot([], [], marker=f"$\\mathtt{{{d}}}$", **like)[0] for d in "01"]
             handles = [Patch(facecolor=c, edgecolor="black", label=n) for n, c in FIELDS.items()]
             ax.legend(handles=handles, loc="upper right", ncols=3, borderaxespad=0)
@@ -277,7 +233,7 @@ class MemoryFigure(LiveFigure):
 
     def __init__(self, cards: dict[str, float]):
         super().__init__(width=10, height=4.3)
-        self._cards, self._limit = cards, None
+        self._cards = cards
         with style():
             ax = self.axes
             top = len(cards) + 0.6
@@ -289,14 +245,14 @@ class MemoryFigure(LiveFigure):
             ax.grid(axis="y", visible=False)
             parts = ["codes", "scales", "kept", "KV cache"]
             self._parts = {
-                part: ax.add_patch(Rectangle((0, top - 0.6), 0, 1.2, color=PARTS[part]))
+                part: ax.add_patch(Rectangle((0, top - 0.6), 0, 1.2, **part_fill(part)))
                 for part in parts
             }
             self._memory = [
                 ax.add_patch(Rectangle((0, y - 0.32), memory, 0.64))
                 for y, memory in enumerate(reversed(cards.values()))
             ]
-            handles = [Patch(color=PARTS[part], label=PART_NAMES.get(part, part)) for part in parts]
+            handles = [Patch(label=PART_NAMES.get(part, part), **part_fill(part)) for part in parts]
             handles += [
                 Patch(facecolor="#B9DDCF", edgecolor="#00634A", label="card holds it"),
                 Patch(facecolor="white", edgecolor="#777777", label="too small"),
@@ -307,8 +263,7 @@ class MemoryFigure(LiveFigure):
             self.animate(*self._memory, self._line, *self._parts.values(), self._total)
 
     def update(self, view):
-        if view.limit != self._limit:
-            self._limit = view.limit
+        if self.changed(view.limit):
             self.axes.set_xlim(0, view.limit)
             self.redraw()
         left = 0

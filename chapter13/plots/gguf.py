@@ -3,14 +3,26 @@
 import numpy as np
 from matplotlib.patches import Rectangle
 
-from chapter13.plots.codebooks import curve_style
 from chapter13.plots.live import LiveFigure
-from chapter13.plots.picture import COLORS, Picture, new_figure, style
+from chapter13.plots.picture import (
+    COLORS,
+    METHOD_LOOK,
+    SERIES,
+    Picture,
+    method_fill,
+    method_line,
+    new_figure,
+    set_ticks,
+    style,
+)
+from chapter13.plots.shapes import draw_curves
 
-KIND_COLORS = {"Q8_0": "#0072B2", "Q4_0": "#D55E00", "Q4_1": "#000000", "MXFP4": "#CC79A7"}
-KIND_MARKERS = {"Q8_0": "P", "Q4_0": "X", "Q4_1": "*", "MXFP4": "v"}
-KIND_MARKERS |= {"Q4_K": "h"}
-KIND_COLORS |= {"Q4_K": "#0072B2"}
+CURVES = {  # label -> method
+    "absmax": "absmax",
+    "affine": "affine",
+    "NF4": "nf4",
+    "NF4, double quantization": "nf4",
+}
 TINTS = ["#F9D9B0", "#BFE3F6", "#B9E3D6", "#EBCBDD", "#F6EFA6", "#D9D9D9", "#F2B8A0", "#9CC3DF"]
 TINTS.append("#8FCFB8")
 ROW = 16  # bytes in a row of the dump
@@ -120,14 +132,13 @@ def block_sizes(points):
     with style():
         figure, (left, right) = new_figure(10, 3.4, 1, 2)
         for ax, y, label, color in (
-            (left, bits, "bits per weight", COLORS["int8"]),
+            (left, bits, "bits per weight", SERIES[1]),
             (right, errors, "relative RMSE", COLORS["error"]),
         ):
             ax.plot(sizes, y, "o-", color=color, markersize=8)
             ax.axvline(32, color=COLORS["text"], linestyle=":", linewidth=2)
             ax.set_xscale("log", base=2)
-            ax.set_xticks(sizes, [str(size) for size in sizes])
-            ax.minorticks_off()
+            set_ticks(ax.xaxis, sizes)
             ax.set(xlabel="weights in a block", ylabel=label)
         told = ", ".join(
             f"{size}: {bit:.4g} bits, {error:.1%}"
@@ -165,37 +176,6 @@ def top_levels(ratios, top):
         )
 
 
-def _draw_curves(ax, curves):
-    """curves: label -> (method, [(bits, relative RMSE), ...])."""
-    for label, (method, points) in curves.items():
-        bits, errors = zip(*points, strict=True)
-        ax.plot(bits, errors, **curve_style(label, method), markersize=7)
-
-
-def formats(curves, kinds):
-    """The block formats among the other methods: error against bits per weight.
-
-    curves: label -> (method, [(bits per weight, relative RMSE), ...]), a point for each block size;
-    kinds: name of a block format -> (bits per weight, relative RMSE).
-    """
-    with style():
-        figure, ax = new_figure(width=10, height=4.4)
-        _draw_curves(ax, curves)
-        for kind, point in kinds.items():
-            ax.plot(*point, KIND_MARKERS[kind], color=KIND_COLORS[kind], markersize=16, zorder=5)
-            ax.annotate(kind, point, xytext=(11, 7), textcoords="offset points", weight="bold")
-        ax.set(xlabel="bits per weight, scales included", ylabel="relative RMSE", xlim=(4, 5.4))
-        ax.legend(loc="upper right")
-        told = "; ".join(
-            f"{kind} {error:.3g} at {bits:.4g} bits" for kind, (bits, error) in kinds.items()
-        )
-        return Picture(
-            figure,
-            f"Error against bits per weight, a curve for each method and a point for each block "
-            f"size. llama.cpp's formats: {told}.",
-        )
-
-
 class GGUFFigure(LiveFigure):
     """Shows an `explorers.gguf.View`: the formats on the layer, and one block on its grid."""
 
@@ -210,18 +190,15 @@ class GGUFFigure(LiveFigure):
             left.set_title("the layer")
             right.set_title("one block and its levels")
             right.grid(visible=False)
-            self._curves = {}
-            for label, method in CURVES.items():
-                (self._curves[label],) = left.plot(
-                    [], [], **curve_style(label, method), markersize=6
-                )
+            nowhere = [(np.nan, np.nan)]
+            draw_curves(left, {label: (method, nowhere) for label, method in CURVES.items()}, ms=6)
+            self._curves = dict(zip(CURVES, left.lines, strict=True))
             self._kinds = {}
             for kind in ("Q4_0", "Q4_1", "MXFP4"):
-                (self._kinds[kind],) = left.plot(
-                    [], [], KIND_MARKERS[kind], color=KIND_COLORS[kind], label=kind
-                )
+                look = method_line(kind) | {"linestyle": "", "label": METHOD_LOOK[kind].label}
+                (self._kinds[kind],) = left.plot([], [], **look)
             left.legend(loc="upper right", fontsize=11, ncols=2)
-            self._levels = right.hlines([], -1, 32, color=COLORS["int4"], linewidth=1.5)
+            self._levels = right.hlines([], -1, 32, linewidth=1.5)
             self._errors = right.vlines([], [], [], color=COLORS["error"], linewidth=2)
             (self._weights,) = right.plot([], [], "o", color=COLORS["text"], markersize=5)
             self.animate(*self._curves.values(), *self._kinds.values())
@@ -237,15 +214,7 @@ class GGUFFigure(LiveFigure):
         x = np.arange(len(view.values))
         self._weights.set_data(x, view.values)
         self._levels.set_segments([((-1, y), (32, y)) for y in view.levels])
-        self._levels.set_linewidth(1.5 if len(view.levels) < 40 else 0.4)
+        self._levels.set(linewidth=1.5 if len(view.levels) < 40 else 0.4, **method_fill(view.kind))
         self._errors.set_segments(
             [((i, a), (i, b)) for i, a, b in zip(x, view.values, view.restored, strict=True)]
         )
-
-
-CURVES = {
-    "absmax": "absmax",
-    "affine": "affine",
-    "NF4": "nf4",
-    "NF4, double quantization": "nf4",
-}

@@ -6,9 +6,21 @@ from matplotlib.colors import LogNorm
 from matplotlib.patches import Rectangle
 
 from chapter13.plots.live import LiveFigure
-from chapter13.plots.picture import COLORS, Picture, new_figure, style
+from chapter13.plots.picture import (
+    COLORS,
+    METHOD_LOOK,
+    SERIES,
+    Picture,
+    method_fill,
+    method_line,
+    method_named,
+    new_figure,
+    set_ticks,
+    style,
+)
+from chapter13.plots.shapes import draw_dot_rows
 
-NEAREST, LEARNED_COLOR = COLORS["original"], COLORS["int8"]  # round-to-nearest, and what learns
+NEAREST, GPTQ = METHOD_LOOK["nearest"].label, METHOD_LOOK["gptq"].label
 PATCHES = 32  # rows and columns of a Hessian's picture, at most
 HESSIAN_MAP = colormaps["cividis"].resampled(12)  # few steps keep the stored pictures small
 
@@ -16,7 +28,7 @@ HESSIAN_MAP = colormaps["cividis"].resampled(12)  # few steps keep the stored pi
 def valley(weight, hessian, points, path):
     """The loss over two weights as ellipses, with the whole numbers as grid.
 
-    weight: (2,), hessian: (2, 2). points: label -> (2,) grid point. path: (2,) points from the
+    weight: (2,), hessian: (2, 2). points: method -> (2,) grid point. path: (2,) points from the
     weight on, drawn as arrows.
     """
     weight, hessian = np.asarray(weight, float), np.asarray(hessian, float)
@@ -38,18 +50,15 @@ def valley(weight, hessian, points, path):
             "the weights", weight, (16, 4), textcoords="offset points", fontsize=14, bbox=white
         )
         for start, end in zip([weight, *path[:-1]], path, strict=True):
-            ax.annotate(
-                "", end, start, arrowprops={"arrowstyle": "-|>", "lw": 2.5, "color": LEARNED_COLOR}
-            )
+            arrow = {"arrowstyle": "-|>", "lw": 2.5} | method_fill("gptq")
+            ax.annotate("", end, start, arrowprops=arrow)
         losses = {}
-        for color, (label, point) in zip(
-            (COLORS["error"], LEARNED_COLOR), points.items(), strict=True
-        ):
-            offset = np.asarray(point) - weight
+        for method, point in points.items():
+            offset, label = np.asarray(point) - weight, METHOD_LOOK[method].label
             losses[label] = offset @ hessian @ offset
-            ax.plot(*point, "o", color=color, ms=13, zorder=4)
+            ax.plot(*point, **method_line(method), ms=13, zorder=4)
             ax.annotate(
-                f"{label}: loss {losses[label]:.2f}", point, (14, -18), color=color,
+                f"{label}: loss {losses[label]:.2f}", point, (14, -18),
                 textcoords="offset points", fontsize=14, weight="bold", bbox=white,
             )  # fmt: skip
         ax.set(xlabel="weight 1", ylabel="weight 2", aspect="equal")
@@ -101,13 +110,11 @@ def _largest_of_patches(matrix):
 
 
 def damping(damps, losses):
-    """losses: label -> layer loss for each of `damps`, on logarithmic axes."""
+    """losses: text -> GPTQ's layer loss on it for each of `damps`, on logarithmic axes."""
     with style():
         figure, ax = new_figure(10, 3.2)
-        for color, marker, (label, values) in zip(
-            (LEARNED_COLOR, COLORS["highlight"]), "os", losses.items(), strict=True
-        ):
-            ax.plot(damps, values, marker=marker, ms=9, color=color, label=label)
+        for variant, (label, values) in enumerate(losses.items()):
+            ax.plot(damps, values, ms=9, label=label, **method_line("gptq", variant))
         ax.set(xscale="log", yscale="log", xlabel="damping, share of the mean diagonal")
         ax.set_ylabel("layer loss")
         decades = np.log10(np.array(list(losses.values())))
@@ -124,22 +131,21 @@ def damping(damps, losses):
 
 
 def loss_ratios(ratios):
-    """layer -> {label: loss over round-to-nearest's}: a row for each layer, logarithmic."""
+    """layer -> {label: GPTQ's loss over round-to-nearest's}: a row a layer, logarithmic.
+
+    Two labels for two orders of the columns; the first is drawn hollow.
+    """
+    labels = list(next(iter(ratios.values())))
+    looks = {
+        label: method_line("gptq", label == labels[0]) | {"label": f"GPTQ, {label}"}
+        for label in labels
+    }
     with style():
         figure, ax = new_figure(10, 1.4 + 0.42 * len(ratios))
-        labels = list(next(iter(ratios.values())))
-        for color, marker, label in zip(
-            (COLORS["highlight"], LEARNED_COLOR), "so", labels, strict=True
-        ):
-            ax.plot(
-                [each[label] for each in ratios.values()], range(len(ratios)), linestyle="",
-                marker=marker, ms=11, color=color, label=label,
-            )  # fmt: skip
-        ax.axvline(1, color=NEAREST, lw=3, label="round to nearest")
-        ax.set_yticks(range(len(ratios)), list(ratios))
-        ax.set(xscale="log", ylim=(len(ratios) - 0.5, -0.5), xlabel="layer loss / that of rounding")
-        ax.set_xticks([0.01, 0.1, 1], ["0.01", "0.1", "1"])
-        ax.grid(visible=False, axis="y")
+        draw_dot_rows(ax, ratios, looks)
+        ax.axvline(1, lw=3, label=NEAREST, **method_fill("nearest"))
+        ax.set(xscale="log", xlabel="layer loss / that of rounding")
+        set_ticks(ax.xaxis, [0.01, 0.1, 1])
         figure.legend(loc="outside upper center", ncols=3)
         first, second = np.array([list(each.values()) for each in ratios.values()]).T
         lowest = min(ratios, key=lambda name: ratios[name][labels[1]])
@@ -151,47 +157,22 @@ def loss_ratios(ratios):
         )
 
 
-def method_bars(rows, label="KL to full precision, nats per token"):
-    """name -> (value, low, high): a bar for each method with its interval."""
-    with style():
-        figure, ax = new_figure(10, 1.3 + 0.55 * len(rows))
-        values, lows, highs = np.array(list(rows.values()), float).T
-        colors = [LEARNED_COLOR if "GPTQ" in name or "AWQ" in name else NEAREST for name in rows]
-        ax.barh(list(rows), values, color=colors, height=0.6)
-        ax.errorbar(
-            values, range(len(rows)), xerr=[values - lows, highs - values], fmt="none",
-            ecolor=COLORS["text"], capsize=4, lw=1.5,
-        )  # fmt: skip
-        for row, (value, high) in enumerate(zip(values, highs, strict=True)):
-            ax.text(high, row, f"  {value:.2f}", va="center", weight="bold")
-        ax.invert_yaxis()
-        ax.grid(visible=False, axis="y")
-        ax.set_xlabel(label)
-        ax.margins(x=0.12)
-        ax.set_xlim(left=0)
-        told = ", ".join(f"{name} {value:.2f}" for name, value in zip(rows, values, strict=True))
-        return Picture(figure, f"Bars with 95% intervals: {told}.")
-
-
 def amounts(curves, lines):
-    """KL against the number of calibration sequences.
+    """KL of GPTQ's model, in nats per token, against the number of calibration sequences.
 
-    curves: kind of text -> {sequences: KL}; lines: label -> KL of what needs no calibration.
+    curves: kind of text -> {sequences: KL}; lines: label of a method that needs no calibration ->
+    its KL.
     """
     with style():
         figure, ax = new_figure(10, 4)
-        for color, marker, (label, points) in zip(
-            (LEARNED_COLOR, COLORS["highlight"]), "os", curves.items(), strict=True
-        ):
-            ax.plot(list(points), list(points.values()), marker=marker, ms=9, color=color,
-                    label=label)  # fmt: skip
-        for style_, (label, value) in zip(("--", ":"), lines.items(), strict=True):
-            ax.axhline(value, color=COLORS["original"], ls=style_, label=label)
-        counts = sorted({count for points in curves.values() for count in points})
+        for variant, (text, points) in enumerate(curves.items()):
+            look = method_line("gptq", variant) | {"label": f"GPTQ, {text}"}
+            ax.plot(list(points), list(points.values()), ms=9, **look)
+        for label, value in lines.items():
+            ax.axhline(value, lw=3, label=label, **method_fill(method_named(label)))
         ax.set(xscale="log", xlabel="calibration sequences of 256 tokens", ylim=(0, None))
-        ax.set_xticks(counts, [f"{count}" for count in counts])
-        ax.minorticks_off()
-        ax.set_ylabel("KL to full precision")
+        set_ticks(ax.xaxis, sorted({count for points in curves.values() for count in points}))
+        ax.set_ylabel("KL to full precision\n(nats per token)")
         ax.legend(loc="lower left", ncols=2)
         told = "; ".join(
             f"{label} from {points[min(points)]:.2f} with {min(points)} to "
@@ -207,7 +188,7 @@ def amounts(curves, lines):
 class ColumnsFigure(LiveFigure):
     """Shows an `explorers.gptq.ColumnsView` of a matrix (rows, columns) with numbers in its cells.
 
-    Rounded columns are blue. Below it what was added to each weight; right the loss so far.
+    Rounded columns are orange. Below it what was added to each weight; right the loss so far.
     """
 
     def __init__(self, rows, columns):
@@ -232,14 +213,11 @@ class ColumnsFigure(LiveFigure):
                     )  # fmt: skip
             x = np.arange(columns + 1)
             loss.set(xlim=(-0.3, columns + 0.3), ylim=(-0.03, 1.25), xlabel="columns rounded")
-            loss.set(ylabel="loss (round to nearest = 1)", xticks=x)
+            loss.set(ylabel=f"loss ({NEAREST} = 1)", xticks=x)
             self._curves = []
-            for color, marker, label in (
-                (NEAREST, "s", "round to nearest"),
-                (LEARNED_COLOR, "o", "GPTQ"),
-            ):
-                (line,) = loss.plot(x, x * np.nan, marker=marker, ms=8, color=color, label=label)
-                self._curves.append(line)
+            for method in ("nearest", "gptq"):
+                look = method_line(method) | {"label": METHOD_LOOK[method].label}
+                self._curves += loss.plot(x, x * np.nan, ms=8, **look)
             loss.legend(loc="upper left")
             self.animate(*self._cells, *self._numbers, *self._curves)
 
@@ -253,10 +231,11 @@ class ColumnsFigure(LiveFigure):
             column = place % columns
             rounded, moves = column < view.column, place >= rows * columns
             if moves:
-                cell.set(facecolor=COLORS["error" if rounded else "int4"])
+                cell.set_facecolor(COLORS["error"] if rounded else SERIES[1])
                 cell.set_alpha(0.1 + 0.7 * min(abs(value) / top, 1))
             else:
-                cell.set(facecolor=LEARNED_COLOR if rounded else COLORS["grid"])
+                cell.set_facecolor(METHOD_LOOK["gptq"].color if rounded else COLORS["grid"])
+                cell.set_gid("method:gptq" if rounded else None)
                 cell.set_alpha(0.35 if rounded else 0.5)
             text = f"{value:+.2f}" if moves else f"{value:.2f}"
             number.set_text("" if moves and abs(value) < 0.005 else text.replace("-", "−"))
@@ -266,19 +245,24 @@ class ColumnsFigure(LiveFigure):
 
 
 class LayerFigure(LiveFigure):
-    """Shows an `explorers.gptq.LayerView`: losses at the left, errors by channel at the right."""
+    """Shows an `explorers.gptq.LayerView`: losses at the left, errors by channel at the right.
+
+    Rounding to nearest, and below it or beside it GPTQ, unless the view is of rounding alone.
+    """
 
     def __init__(self):
         super().__init__(width=10, height=3.9, cols=2)
         loss, channels = self.axes
         with style():
-            texts = ["calibration", "held-out"]
-            rows = np.arange(2)
-            self._nearest = loss.barh(rows - 0.2, [1, 1], color=NEAREST, height=0.36)
-            self._method = loss.barh(rows + 0.2, [1, 1], color=LEARNED_COLOR, height=0.36)
-            self._numbers = [loss.text(1, 0, "", va="center", fontsize=12) for _ in range(4)]
+            self._dots, self._curves = [], []
+            for method, shift, width in (("nearest", -0.2, 4), ("gptq", 0.2, 2.5)):
+                look = method_line(method) | {"linestyle": "", "ms": 11}
+                self._dots += loss.plot([np.nan] * 2, np.arange(2) + shift, **look)
+                look = method_fill(method) | {"lw": width, "label": METHOD_LOOK[method].label}
+                self._curves += channels.plot([], [], **look)
+            self._numbers = [loss.text(1, 0, "", va="center", fontsize=13) for _ in range(4)]
             loss.set(xscale="log", xlim=(1e-7, 30), ylim=(1.6, -0.6), xlabel="layer loss")
-            loss.set_yticks(rows, texts)
+            loss.set_yticks(range(2), ["calibration", "held-out"])
             loss.set_xticks([1e-6, 1e-4, 1e-2, 1])
             loss.minorticks_off()
             loss.grid(visible=False, axis="y")
@@ -288,22 +272,20 @@ class LayerFigure(LiveFigure):
             channels.get_xticklabels()[0].set_ha("left")
             channels.get_xticklabels()[2].set_ha("right")
             channels.set_title("error of the weights, over their RMS")
-            self._curves = [
-                channels.plot([], [], color=color, lw=width, label=label)[0]
-                for color, width, label in (
-                    (NEAREST, 4, "round to nearest"),
-                    (LEARNED_COLOR, 2.5, "these settings"),
-                )
-            ]
             channels.legend(loc="lower right")
-            self.animate(*self._nearest, *self._method, *self._numbers, *self._curves)
+            self.animate(*self._dots, *self._numbers, *self._curves)
 
     def update(self, view):
-        bars = [*self._nearest, *self._method]
-        for bar, number, value in zip(bars, self._numbers, view.losses.ravel(), strict=True):
-            shown = min(max(value, 1e-7), 1)
-            bar.set_width(shown)
-            number.set(x=shown * 1.3, y=bar.get_y() + bar.get_height() / 2, text=f"{value:.2g}")
+        shown = np.clip(view.losses, 1e-7, 1)
+        for dots, places in zip(self._dots, shown, strict=True):
+            dots.set_xdata(places)
+        heights = [y for dots in self._dots for y in dots.get_ydata()]
+        for number, x, y, value in zip(
+            self._numbers, shown.ravel(), heights, view.losses.ravel(), strict=True
+        ):
+            number.set(x=x * 2, y=y, text=f"{value:.2g}")
         x = (np.arange(view.errors.shape[1]) + 0.5) / view.errors.shape[1]
         for curve, errors in zip(self._curves, view.errors, strict=True):
             curve.set_data(x, np.maximum(errors, 1e-9))
+        for artist in (self._dots[1], self._curves[1], *self._numbers[2:]):
+            artist.set_visible(view.method == "gptq")

@@ -7,10 +7,20 @@ of different loudness can be compared.
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import LogNorm
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from chapter13.plots.live import LiveFigure
-from chapter13.plots.picture import COLORS, Picture, new_figure, style
+from chapter13.plots.picture import (
+    COLORS,
+    METHOD_LOOK,
+    SERIES,
+    Picture,
+    method_fill,
+    method_line,
+    new_figure,
+    set_ticks,
+    style,
+)
+from chapter13.plots.shapes import draw_rounding
 
 # told apart by colour-blind readers, and in gray; few steps keep the stored pictures small
 ERROR_MAP = colormaps["cividis"].resampled(10)
@@ -59,11 +69,11 @@ def shared_scales(weight, approximations):
                 for left in range(0, columns, shared[1]):
                     x = np.array([0.05, shared[1] - 0.05])[[0, 1, 1, 0, 0]] + left
                     y = np.array([0.07, shared[0] - 0.07])[[0, 0, 1, 1, 0]] + top
-                    ax.plot(x, y, color=COLORS["int8"], linewidth=2, clip_on=False)
+                    ax.plot(x, y, color=COLORS["text"], linewidth=2, clip_on=False)
         said = "; ".join(f"{title} {error:.2f}" for title, error in errors.items())
         return Picture(
             figure,
-            alt=f"A {rows} by {columns} matrix and its absolute errors; a blue frame holds the "
+            alt=f"A {rows} by {columns} matrix and its absolute errors; a frame holds the "
             f"weights that share a scale, blank cells are exact. On average: {said}.",
         )
 
@@ -103,11 +113,10 @@ def largest_of(sizes, expected, groups):
 
 def row_loudness(layers):
     """How loud the rows of matrices are: label -> (rows,) absmax / RMS of the matrix, any order."""
-    colors = [COLORS["original"], COLORS["highlight"], COLORS["int8"], COLORS["nf4"]]
     with style():
         figure, ax = new_figure(10, 3.3)
         said = []
-        for color, (label, absmax) in zip(colors, layers.items(), strict=False):
+        for color, (label, absmax) in zip(SERIES, layers.items(), strict=False):
             absmax = np.sort(np.asarray(absmax))
             share = np.linspace(0, 100, len(absmax))
             ax.plot(share, absmax, color=color, label=label, linewidth=3)
@@ -117,7 +126,7 @@ def row_loudness(layers):
             xlabel="rows, from the quietest to the loudest (%)",
             ylabel="largest |weight| of the row\n(× RMS of the matrix)",
         )
-        _plain_ticks(ax.yaxis, [0.3, 0.5, 1, 2, 3, 5, 10, 20, 30, 50], "{:g}")
+        set_ticks(ax.yaxis, [0.3, 0.5, 1, 2, 3, 5, 10, 20, 30, 50])
         ax.legend(loc="upper left")
         return Picture(
             figure,
@@ -126,33 +135,28 @@ def row_loudness(layers):
         )
 
 
-def grids(values, symmetric, affine):
+def grids(values, absmax, affine):
     """Eight numbers or so on two grids: the levels of each, and where each number lands.
 
-    symmetric, affine: (levels, approximation of the values).
+    absmax, affine: (levels, approximation of the values).
     """
     values = np.asarray(values)
     with style():
-        figure, axes = new_figure(10, 3.4, rows=2, sharex=True)
+        figure, axes = new_figure(10, 4, rows=2, sharex=True)
         said = []
-        kinds = [("symmetric", COLORS["int8"], symmetric), ("affine", COLORS["affine"], affine)]
-        for ax, (name, color, (levels, landed)) in zip(axes, kinds, strict=True):
-            levels, landed = np.asarray(levels), np.asarray(landed)
-            ax.vlines(levels, 0, 0.45, color=color, linewidth=3)
-            ax.plot(values, np.full(len(values), 1.0), "o", color=COLORS["text"], markersize=8)
-            for value, level in zip(values, landed, strict=True):
-                ax.plot([value, level], [1, 0.45], color=COLORS["error"], linewidth=1.5)
+        for ax, method, grid in zip(axes, ("absmax", "affine"), (absmax, affine), strict=True):
+            levels, landed = (np.asarray(places) for places in grid)
+            draw_rounding(ax, values, levels, landed, method_fill(method))
             inside = ((levels >= values.min() - 1e-6) & (levels <= values.max() + 1e-6)).sum()
-            ax.set(ylim=(0, 1.25), yticks=[])
-            ax.set_title(f"{name}: {inside} of {len(levels)} levels lie among the numbers")
-            ax.grid(False)
-            ax.spines["left"].set_visible(False)
+            label = METHOD_LOOK[method].label
+            ax.set_title(f"{label}: {inside} of {len(levels)} levels lie among the numbers")
+            ax.set_ylim(0, 1.25)
             error = np.abs(values - landed).mean()
-            said.append(f"{name}, {inside} of {len(levels)} levels useful, mean error {error:.3f}")
+            said.append(f"{label}, {inside} of {len(levels)} levels useful, mean error {error:.3f}")
         axes[1].set_xlabel("value")
         return Picture(
             figure,
-            alt="Dots: the numbers; bars: the levels of a grid; lines: where each number goes. "
+            alt="Dots: the numbers; bars: the levels of a grid; arrows: where each number goes. "
             f"{'; '.join(said)}.",
         )
 
@@ -190,10 +194,9 @@ def error_maps(maps):
 def frontier(points, best):
     """Relative RMSE against bits per weight.
 
-    points: kind ("symmetric" or "affine") -> bits -> (bits per weight, relative RMSE) pairs.
+    points: method ("absmax" or "affine") -> bits -> (bits per weight, relative RMSE) pairs.
     best: the pairs that no other beats in both, drawn as a line.
     """
-    looks = {"symmetric": (COLORS["int8"], "o"), "affine": (COLORS["affine"], "s")}
     with style():
         figure, ax = new_figure(10, 4.3)
         count = sum(len(pairs) for curves in points.values() for pairs in curves.values())
@@ -202,13 +205,12 @@ def frontier(points, best):
             x, y, color=COLORS["highlight"], linewidth=9, alpha=0.35, solid_capstyle="round",
             label="frontier: nothing is better",
         )  # fmt: skip
-        for kind, curves in points.items():
-            color, marker = looks[kind]
+        for method, curves in points.items():
             for bits, pairs in curves.items():
                 x, y = np.transpose(sorted(pairs))
-                label = kind if bits == max(curves) else None
-                ax.plot(x, y, marker=marker, markersize=5, color=color, linewidth=1.5, label=label)
-                if kind == "symmetric":
+                label = METHOD_LOOK[method].label if bits == max(curves) else None
+                ax.plot(x, y, ms=5, lw=1.5, label=label, **method_line(method))
+                if method == "absmax":
                     ax.annotate(
                         f"{bits} bits", (x[0], y[0]), xytext=(0, 9), textcoords="offset points",
                         ha="center", weight="bold", fontsize=13,
@@ -230,7 +232,6 @@ class GranularityFigure(LiveFigure):
 
     def __init__(self):
         super().__init__(width=10, height=4, cols=2, width_ratios=[5, 6])
-        self._limits = None
         errors, cost = self.axes
         with style():
             norm = LogNorm(0.003, 1, clip=True)
@@ -257,8 +258,7 @@ class GranularityFigure(LiveFigure):
             self.animate(self._map, *self._curves, self._point)
 
     def update(self, view):
-        if view.limits != self._limits:  # another layer
-            self._limits = view.limits
+        if self.changed(view.limits):  # another layer
             cost = self.axes[1]
             low, high = view.limits
             low = low or 1e-6  # a layer without any error has no place on a logarithmic axis
@@ -266,24 +266,14 @@ class GranularityFigure(LiveFigure):
             _percent_ticks(cost.yaxis)
             self.redraw()
         self._map.set_data(view.error_map)
-        color = COLORS["affine" if view.affine else "int8"]
+        looks = {True: method_line("affine" if view.affine else "absmax") | {"lw": 3}}
+        looks[False] = {"color": COLORS["original"], "marker": "o", "lw": 1.2, "gid": None}
         for bits, (curve, points) in enumerate(zip(self._curves, view.curves, strict=True), 2):
             curve.set_data(*points[~np.isnan(points[:, 0])].T)
-            curve.set_color(color if bits == view.bits else COLORS["original"])
-            curve.set_linewidth(3 if bits == view.bits else 1.2)
+            curve.set(**looks[bits == view.bits])
         self._point.set_data([view.bits_per_weight], [view.relative_rmse])
 
 
-def _plain_ticks(axis, places, form):
-    """Round numbers on a logarithmic axis, those within its limits."""
-    axis.set_major_locator(FixedLocator(places))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: form.format(value)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_minor_formatter(NullFormatter())
-
-
 def _percent_ticks(axis):
-    places = [digit * 10.0**power for power in range(-6, 3) for digit in (1, 3)]
-    axis.set_major_locator(FixedLocator(places))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
-    axis.set_minor_locator(NullLocator())
+    set_ticks(axis, [digit * 10.0**power for power in range(-6, 3) for digit in (1, 3)])
+    axis.set_major_formatter(lambda value, _: f"{100 * value:g}%")

@@ -15,8 +15,8 @@ moved, and a PNG with light compression.
         def update(self, view):                             # view: what the explorer computed
             self.bars.set_data(view.shares)
 
-Limits, ticks and labels stay as they are, unless `update` calls `self.redraw()` after it changed
-them (slow: the axes are drawn again).
+Limits, ticks and labels stay as they are, unless `update` changes them and calls `self.redraw()`
+(slow: the axes are drawn again). `if self.changed(view.limits):` says when that is due.
 """
 
 import io
@@ -25,7 +25,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from chapter13.plots.picture import new_figure, style
+from chapter13.plots.picture import COLORS, new_figure, style
 
 
 class LiveFigure:
@@ -43,17 +43,28 @@ class LiveFigure:
                 fontsize=18,
                 weight="bold",
                 animated=True,
-                bbox={"facecolor": "white", "edgecolor": "#D55E00", "linewidth": 2, "pad": 12},
+                bbox={"facecolor": "white", "edgecolor": COLORS["highlight"], "lw": 2, "pad": 12},
             )
         self.canvas = FigureCanvasAgg(self.figure)
         self._artists = []
         self._background = None
+        self._drawn_for = None
 
     def animate(self, *artists):
         """Name the artists that `update` moves; they are drawn in this order, above the axes."""
         for artist in artists:
             artist.set_animated(True)
             self._artists.append(artist)
+
+    def changed(self, what):
+        """True when `what` differs from that of the last call: another layer, other limits.
+
+        what: what limits and ticks are made of, compared with `!=`. `update` sets them anew, and
+        calls `redraw`, where this is true.
+        """
+        differs = what != self._drawn_for
+        self._drawn_for = what
+        return differs
 
     def redraw(self):
         """Draw the axes again with the next picture: limits, ticks or labels have changed."""

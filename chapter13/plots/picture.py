@@ -8,6 +8,7 @@ import base64
 import html
 import io
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.style
@@ -15,28 +16,100 @@ import numpy as np
 from IPython.display import display
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from PIL import Image
 
 from chapter13.atomic import replacing
 
 DPI = 100  # a figure 10 inches wide fills a notebook's column: 1000 pixels, 12 pt text 17 pixels
 
-# Okabe and Ito's palette, told apart by colour-blind readers too (https://jfly.uni-koeln.de/color/).
-# A role has one colour through the whole course.
+# What a colour says wherever it occurs. Vermilion, gray and black belong to roles alone: no method
+# has them, except that a cast of the weights is drawn like the weights.
 COLORS = {
     "original": "#999999",  # the weights before quantization
-    "int8": "#0072B2",
-    "int4": "#E69F00",
-    "nf4": "#009E73",
-    "fp4": "#CC79A7",
-    "affine": "#56B4E9",  # an asymmetric grid
-    "fp16": "#56B4E9",  # these two stand beside neither affine nor FP4
-    "bf16": "#CC79A7",
     "error": "#D55E00",
     "highlight": "#D55E00",  # the one thing to look at
     "text": "#222222",
     "grid": "#D9D9D9",
 }
+
+# Layers, texts, models: curves beside each other that are no methods. No method has these colours.
+SERIES = ("#AA4499", "#44AA99", "#661100", "#CCBB44")
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a method is named and drawn in all pictures: a label, a colour, a matplotlib marker."""
+
+    label: str
+    color: str
+    marker: str
+
+
+# Blue for integers, green and olive for code books, orange and pink for what learns from text, wine
+# for llama.cpp's formats, indigo for quantized activations. The hues are those of Okabe and Ito
+# (https://jfly.uni-koeln.de/color/) and of Paul Tol (https://sronpersonalpages.nl/~pault/), which
+# colour-blind readers tell apart; methods that share a hue have markers of their own. A name for a
+# family, or another name of the same thing, looks like what it stands for: they never meet.
+METHOD_LOOK = {
+    "absmax": Look("absmax", "#0072B2", "o"),
+    "affine": Look("affine", "#56B4E9", "D"),
+    "nearest": Look("round to nearest", "#56B4E9", "D"),  # affine, beside what learns
+    "nf4": Look("NF4", "#009E73", "^"),
+    "fp4": Look("bitsandbytes FP4", "#999933", "v"),
+    "gptq": Look("GPTQ", "#E69F00", "s"),
+    "gptq_clip": Look("GPTQ, clip search", "#E69F00", "*"),
+    "awq": Look("AWQ", "#CC79A7", "P"),
+    "GGUF": Look("GGUF", "#882255", "X"),
+    "Q4_0": Look("Q4_0", "#882255", "X"),
+    "Q4_1": Look("Q4_1", "#882255", "<"),
+    "Q4_K": Look("Q4_K", "#882255", ">"),
+    "Q8_0": Look("Q8_0", "#882255", "p"),
+    "MXFP4": Look("MXFP4", "#882255", "H"),
+    "activations": Look("INT8 activations", "#332288", "D"),
+    "per_tensor": Look("per tensor", "#332288", "o"),
+    "static": Look("static", "#332288", "s"),
+    "per_token": Look("per token", "#332288", "D"),
+    "smoothquant": Look("SmoothQuant", "#332288", "^"),
+    "llm_int8": Look("LLM.int8()", "#332288", "P"),
+    "libraries": Look("libraries", "#8C6D31", "|"),
+    "cast": Look("cast", COLORS["original"], "s"),
+    # number formats
+    "fp32": Look("fp32", COLORS["original"], "s"),
+    "fp16": Look("fp16", "#117733", "D"),
+    "bf16": Look("bf16", "#DDAA33", "d"),
+    "int8": Look("int8", "#0072B2", "o"),
+    "int4": Look("int4", "#003A66", "^"),
+}
+
+
+def method_fill(method):
+    """Keywords for the artist of a method that has no marker: `color`, and the `gid` that marks it.
+
+    method: a key of METHOD_LOOK. tests/plots/test_looks.py finds a method's artists by their gid
+    "method:..." and compares colours and markers with the table.
+    """
+    return {"color": METHOD_LOOK[method].color, "gid": f"method:{method}"}
+
+
+def method_line(method, variant=False):
+    """Keywords for the line of a method: its `marker` too; a second `variant` is dashed, hollow."""
+    keywords = method_fill(method) | {"marker": METHOD_LOOK[method].marker}
+    if variant:
+        keywords |= {"linestyle": "--", "markerfacecolor": "white", "markeredgewidth": 2}
+    return keywords
+
+
+def method_named(label):
+    """The key of the method whose label this is, before a comma or a "+", or None.
+
+    >>> method_named("NF4, double quantization"), method_named("layer 3")
+    ('nf4', None)
+    """
+    keys = {look.label: key for key, look in METHOD_LOOK.items()}
+    named = [words for words in keys if f"{label},".startswith((f"{words},", f"{words} +"))]
+    return keys[max(named, key=len)] if named else None
+
 
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
@@ -81,6 +154,16 @@ def new_figure(width=10, height=4, rows=1, cols=1, **subplots):
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, cols, **subplots)
+
+
+def set_ticks(axis, places, form="{:g}"):
+    """Ticks at these places alone, written in this form: on logarithmic axes round numbers.
+
+    axis: `ax.xaxis` or `ax.yaxis`. Those beyond the axis' limits are not drawn.
+    """
+    axis.set_major_locator(FixedLocator(places))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: form.format(value)))
+    axis.set_minor_locator(NullLocator())
 
 
 def pixels(figure):

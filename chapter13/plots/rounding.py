@@ -2,10 +2,20 @@
 
 import numpy as np
 
-from chapter13.plots.picture import COLORS, Picture, new_figure, style
+from chapter13.plots.picture import (
+    COLORS,
+    METHOD_LOOK,
+    Picture,
+    method_fill,
+    method_line,
+    new_figure,
+    set_ticks,
+    style,
+)
+from chapter13.plots.shapes import draw_rounding
 
 
-def number_line(weights, scale, near=(-0.025, 0.065)):
+def whole_grid(weights, scale, near=(-0.025, 0.065)):
     """Weights on an absmax grid of 8 bits: the whole grid above, the part `near` enlarged below.
 
     weights: (n,); scale: the step of the grid, in the weights' unit. Arrows in the lower picture
@@ -13,33 +23,20 @@ def number_line(weights, scale, near=(-0.025, 0.065)):
     """
     weights, scale = np.asarray(weights, float), float(scale)
     levels = np.arange(-127, 128) * scale
+    shown = weights[(weights > near[0]) & (weights < near[1])]
+    inside = levels[(levels > near[0]) & (levels < near[1])]
+    color = METHOD_LOOK["absmax"].color
     with style():
         figure, (whole, part) = new_figure(width=10, height=4, rows=2)
-        for ax in (whole, part):
-            ax.grid(False)
-            ax.spines["left"].set_visible(False)
-            ax.set(yticks=[], ylim=(-0.35, 1.35))
-        whole.vlines(levels, 0, 0.35, color=COLORS["int8"], linewidth=0.7)
-        whole.plot(weights, np.full(len(weights), 0.75), "o", color=COLORS["text"], markersize=9)
+        draw_rounding(whole, weights, levels, [], method_fill("absmax") | {"linewidth": 0.7})
+        draw_rounding(part, shown, inside, np.round(shown / scale) * scale, method_fill("absmax"))
         whole.axvspan(*near, color=COLORS["grid"])
         whole.set(xlim=(-130 * scale, 130 * scale))
         whole.set_title(f"{len(weights)} weights above a grid of {len(levels)} levels")
-
-        shown = weights[(weights > near[0]) & (weights < near[1])]
-        inside = levels[(levels > near[0]) & (levels < near[1])]
-        part.vlines(inside, 0, 0.35, color=COLORS["int8"], linewidth=4)
         for level in inside:
             code = f"code {round(level / scale)}".replace("-", "−")
-            part.text(level, -0.08, code, ha="center", va="top", fontsize=12, color=COLORS["int8"])
-        part.plot(shown, np.ones(len(shown)), "o", color=COLORS["text"], markersize=11)
+            part.text(level, -0.08, code, ha="center", va="top", fontsize=12, color=color)
         for weight in shown:
-            level = round(weight / scale) * scale
-            part.annotate(
-                "",
-                xy=(level, 0.4),
-                xytext=(weight, 0.9),
-                arrowprops={"arrowstyle": "-|>", "color": COLORS["error"], "linewidth": 2},
-            )
             part.text(weight, 1.12, f"{weight:.4g}".replace("-", "−"), ha="center")
         part.set(xlim=near, xlabel="weight")
         part.set_title("The gray strip, enlarged: each weight goes to the nearest level")
@@ -81,7 +78,8 @@ def sqnr_over_bits(bits, measured, expected):
     with style():
         figure, ax = new_figure(width=10, height=3.6)
         ax.plot(bits, expected, "--", color=COLORS["text"], label="expected from scale² / 12")
-        ax.plot(bits, measured, "o", color=COLORS["error"], markersize=10, label="measured")
+        look = method_line("absmax") | {"linestyle": "", "ms": 10}
+        ax.plot(bits, measured, label="measured", **look)
         for x, y in zip(bits, measured, strict=True):
             ax.annotate(f"{y:.1f}", (x, y), (-7, 7), textcoords="offset points", ha="right")
         ax.set(xlabel="bits per weight", ylabel="SQNR (dB)", xticks=bits)
@@ -109,7 +107,8 @@ def layers_sqnr(reach, sqnr, marked):
         line = np.geomspace(xs.min() * 0.93, xs.max() * 1.08, 50)
         expected = 10 * np.log10(12 * 127**2 / line**2)
         ax.plot(line, expected, "--", color=COLORS["text"], label="expected from scale² / 12")
-        ax.plot(xs, ys, "o", color=COLORS["int8"], alpha=0.6, label=f"{len(names)} linear layers")
+        look = method_line("absmax") | {"linestyle": "", "alpha": 0.6}
+        ax.plot(xs, ys, label=f"{len(names)} linear layers", **look)
         for name, label in marked.items():
             x, y = reach[name], sqnr[name]
             right = x < np.sqrt(xs.min() * xs.max())
@@ -124,8 +123,7 @@ def layers_sqnr(reach, sqnr, marked):
                 weight="bold",
             )
         ax.set_xscale("log", base=2)
-        ticks = [x for x in (4, 8, 16, 32, 64) if line[0] <= x <= line[-1]]
-        ax.set_xticks(ticks, [f"{x}" for x in ticks])
+        set_ticks(ax.xaxis, [4, 8, 16, 32, 64])
         ax.set(xlabel="reach: largest weight / root mean square", ylabel="SQNR (dB)")
         ax.set_ylim(ys.min() - 4, ys.max() + 3)
         ax.legend(loc="upper right")

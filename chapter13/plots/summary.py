@@ -3,28 +3,50 @@
 import numpy as np
 
 from chapter13.plots.live import LiveFigure
-from chapter13.plots.picture import COLORS, Picture, new_figure, style
+from chapter13.plots.picture import (
+    COLORS,
+    METHOD_LOOK,
+    Picture,
+    method_line,
+    new_figure,
+    set_ticks,
+    style,
+)
 
-# a family has one colour and one mark
+# family of rows -> the method in whose look they are drawn; FP4 has a look of its own
 FAMILIES = {
-    "cast": (COLORS["original"], "s"),
-    "INT8 activations": ("#0072B2", "D"),
-    "absmax": ("#E69F00", "o"),
-    "affine": ("#56B4E9", "o"),
-    "code book": ("#009E73", "^"),
-    "GGUF": ("#CC79A7", "v"),
-    "AWQ": ("#D55E00", "P"),
-    "GPTQ": ("#222222", "X"),
-    "GPTQ, clip search": ("#222222", "*"),
-    "libraries": ("#8C6D31", "|"),
+    "cast": "cast",
+    "INT8 activations": "activations",
+    "absmax": "absmax",
+    "affine": "affine",
+    "code book": "nf4",
+    "GGUF": "GGUF",
+    "AWQ": "awq",
+    "GPTQ": "gptq",
+    "GPTQ, clip search": "gptq_clip",
+    "libraries": "libraries",
 }
 LEAST = 1e-5  # KL below it is drawn there: a logarithmic axis has no 0
 BITS = (2, 3, 4, 5, 6, 8, 16, 32)
 
 
+def _by_method(rows):
+    """method -> those of the rows that are drawn in its look, in METHOD_LOOK's order."""
+    groups = {method: [] for method in METHOD_LOOK if method in {*FAMILIES.values(), "fp4"}}
+    for row in rows:
+        groups["fp4" if row.name == "FP4" else FAMILIES[row.family]].append(row)
+    return groups
+
+
+def _places(rows):
+    """(bits per weight, KL) of the rows, the latter LEAST at least: two arrays."""
+    places = [(row.bits_per_weight, max(row.kl.value, LEAST)) for row in rows]
+    return np.array(places).reshape(-1, 2).T
+
+
 def _axes(ax):
     ax.set(xscale="log", yscale="log", xlim=(1.9, 36), ylim=(LEAST / 1.5, 30))
-    ax.set_xticks(BITS, [str(bits) for bits in BITS])
+    set_ticks(ax.xaxis, BITS)
     ax.minorticks_off()
     ax.set(xlabel="bits per weight, scales included", ylabel="KL to float32 (nats per token)")
 
@@ -37,19 +59,21 @@ def pareto(rows, front):
     with style():
         figure, ax = new_figure(width=10, height=5.6)
         _axes(ax)
-        edge = [(row.bits_per_weight, max(row.kl.value, LEAST)) for row in front]
-        ax.step(*zip(*edge, strict=True), where="post", color=COLORS["grid"], lw=5, zorder=1)
-        for family, (color, mark) in FAMILIES.items():
-            members = [row for row in rows.values() if row.family == family]
+        edge = _places(front)
+        ax.step(*edge, where="post", color=COLORS["grid"], lw=5, zorder=1)
+        for method, members in _by_method(rows.values()).items():
             if not members:
                 continue
-            bits = [row.bits_per_weight for row in members]
-            values = np.array([row.kl.value for row in members])
+            bits, values = _places(members)
             ends = np.array([row.kl.interval for row in members]).clip(LEAST)
-            shown = values.clip(LEAST)
-            spans = np.abs(ends.T - shown)
-            look = {"fmt": mark, "color": color, "ms": 11 if mark in "*|P" else 8, "lw": 1.5}
-            ax.errorbar(bits, shown, spans, label=family, **look, mew=2 if mark == "|" else 1)
+            look = method_line(method) | {
+                "linestyle": "",
+                "lw": 1.5,
+                "label": METHOD_LOOK[method].label,
+            }
+            look["ms"] = 11 if look["marker"] in "*|P" else 8
+            look["mew"] = 2 if look["marker"] == "|" else 1
+            ax.errorbar(bits, values, np.abs(ends.T - values), **look)
         ax.legend(loc="lower left", ncols=2)
     names = ", ".join(f"{row.name} ({row.bits_per_weight:.2f} bits)" for row in front)
     alt = (
@@ -59,35 +83,36 @@ def pareto(rows, front):
     return Picture(figure, alt)
 
 
-def sizes(published, own):
+def loss_over_size(published, own):
     """Perplexity lost against the size of the model.
 
-    published: label -> {billions of parameters: loss in percent}; own: label -> (billions, loss).
+    published: label -> (method, {billions of parameters: loss in percent}); own: label -> (method,
+    (billions, loss)), drawn large and hollow.
     """
-    marks = ("o", "X")
     with style():
         figure, ax = new_figure(width=10, height=4.8)
-        for (label, points), color, mark in zip(
-            published.items(), (COLORS["affine"], "#222222"), marks, strict=False
-        ):
-            ax.plot(*zip(*points.items(), strict=True), mark + "-", color=color, ms=8, label=label)
-        for (label, (billions, loss)), mark in zip(own.items(), marks, strict=False):
-            ax.plot(billions, loss, mark, color=COLORS["highlight"], ms=13, label=label)
+        for label, (method, points) in published.items():
+            ax.plot(*zip(*points.items(), strict=True), ms=8, label=label, **method_line(method))
+        for label, (method, point) in own.items():
+            look = method_line(method, variant=True) | {
+                "linestyle": "",
+                "ms": 16,
+                "markeredgewidth": 3,
+            }
+            ax.plot(*point, label=label, **look)
         ax.set(xscale="log", yscale="log", xlabel="parameters (billions)")
         ax.set(ylabel="perplexity lost (%)")
-        ticks = (0.1, 0.3, 1, 3, 10, 30, 100)
-        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        percents = (0.3, 1, 3, 10, 30, 100)
-        ax.set_yticks(percents, [f"{percent:g}" for percent in percents])
-        ax.minorticks_off()
+        set_ticks(ax.xaxis, (0.1, 0.3, 1, 3, 10, 30, 100))
+        set_ticks(ax.yaxis, (0.3, 1, 3, 10, 30, 100))
         ax.legend(loc="lower left")
     said = [
         f"{label}: {points[min(points)]:.0f}% at {min(points):g} billion, "
         f"{points[max(points)]:.1f}% at {max(points):g} billion"
-        for label, points in published.items()
+        for label, (_, points) in published.items()
     ]
     said += [
-        f"{label}: {loss:.0f}% at {billions:g} billion" for label, (billions, loss) in own.items()
+        f"{label}: {loss:.0f}% at {billions:g} billion"
+        for label, (_, (billions, loss)) in own.items()
     ]
     return Picture(
         figure, f"Perplexity lost against parameters, both logarithmic. {'; '.join(said)}."
@@ -99,12 +124,14 @@ class ChoiceFigure(LiveFigure):
 
     def __init__(self, rows):
         super().__init__(width=10, height=4.6)
-        bits = [row.bits_per_weight for row in rows.values()]
-        values = [max(row.kl.value, LEAST) for row in rows.values()]
         with style():
             _axes(self.axes)
-            self.axes.plot(bits, values, "o", color=COLORS["original"], ms=7)
-            (self.fitting,) = self.axes.plot([], [], "o", color=COLORS["int8"], ms=10)
+            gray = COLORS["original"]
+            self.axes.plot(*_places(rows.values()), "o", color=gray, ms=7)
+            self.fitting = {}
+            for method in _by_method(rows.values()):
+                look = method_line(method) | {"linestyle": "", "ms": 10}
+                (self.fitting[method],) = self.axes.plot([], [], **look)
             (self.best,) = self.axes.plot(
                 [], [], "o", color=COLORS["highlight"], ms=22, mew=3, fillstyle="none"
             )
@@ -114,18 +141,14 @@ class ChoiceFigure(LiveFigure):
                 0.98, 0.95, "", transform=self.axes.transAxes, ha="right", va="top", fontsize=16
             )
             self.full = self.axes.text(0, 1.2 * LEAST, "does not fit", fontsize=14)
-            self.animate(self.wall, self.full, self.wish, self.fitting, self.best, self.name)
+            self.animate(self.wall, self.full, self.wish, *self.fitting.values())
+            self.animate(self.best, self.name)
 
     def update(self, view):
         choice = view.choice
-        fitting = choice.fitting
-        self.fitting.set_data(
-            [row.bits_per_weight for row in fitting], [max(row.kl.value, LEAST) for row in fitting]
-        )
-        best = [choice.best] if choice.best else []
-        self.best.set_data(
-            [row.bits_per_weight for row in best], [max(row.kl.value, LEAST) for row in best]
-        )
+        for method, members in _by_method(choice.fitting).items():
+            self.fitting[method].set_data(*_places(members))
+        self.best.set_data(*_places([choice.best] if choice.best else []))
         left = min(max(choice.most_bits, 1.9), 36)
         self.wall.set_bounds(left, 0, 36 - left, 1)
         self.full.set_x(left * 1.03)

@@ -9,7 +9,7 @@ from chapter13.dynamic import quantize_per_tensor, quantize_per_token
 from chapter13.explorers.activations import explore_activations, view
 from chapter13.measures import sqnr_db
 from chapter13.outliers import quantize_rows
-from chapter13.plots.activations import METHODS, SHOWN, bars, outlier_map
+from chapter13.plots.activations import METHODS, SHOWN
 
 
 @pytest.fixture
@@ -69,9 +69,3 @@ def test_panel(layer):
     for name in METHODS:
         assert re.search(rf"{re.escape(name)}, SQNR +{shown.sqnr[name]:.1f} dB", readout)
     panel.close()
-
-
-def test_pictures():
-    picture = outlier_map(["a", "b"], torch.rand(2, 30).numpy() + 1)
-    assert "Map of 2 layers and 30 channels" in picture.alt
-    assert bars({"a": 1.0, "b": 20.0}, "KL", "two bars", log=True).alt == "two bars"

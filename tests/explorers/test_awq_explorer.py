@@ -9,7 +9,6 @@ import torch
 from chapter13 import quantize_affine
 from chapter13.awq import RATIOS, scales, search_scale
 from chapter13.explorers.awq import explore_awq, view
-from chapter13.plots.awq import loss_curves
 
 
 @pytest.fixture
@@ -53,8 +52,3 @@ def test_protected_channels(layer):
     assert np.allclose(shown.s, (shown.activation / np.sort(activation)[31]) ** 0.5, rtol=1e-6)
     assert "4 of 64 channels" in shown.readout
     assert (np.diff(shown.activation) <= 0).all()
-
-
-def test_curves_name_the_best():
-    picture = loss_curves((0.0, 0.5, 0.9), {"mlp": [2.0, 1.0, 4.0], "attention": [1.0, 2.0, 3.0]})
-    assert "mlp is best at r = 0.50 with 0.5; attention is best at r = 0.00 with 1." in picture.alt

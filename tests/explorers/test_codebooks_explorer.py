@@ -18,8 +18,6 @@ from chapter13.explorers.codebooks import (
 from chapter13.explorers.layers import METHOD_LABELS, MOST, sample_rows, take
 from chapter13.integer import quantize_absmax, quantize_affine
 from chapter13.measures import relative_rmse
-from chapter13.plots import codebooks as pictures
-from chapter13.tables import nf4_code_book
 
 ROWS, COLUMNS = 24, 576
 OUTLIERS = [1, 10, 1000]
@@ -193,23 +191,3 @@ def test_scales_that_float16_cannot_hold_are_explained_by_what_the_panel_has():
 def test_a_weight_that_is_no_matrix_is_refused():
     with pytest.raises(ValueError, match="out_features, in_features"):
         explore_codebooks(torch.randn(64))
-
-
-def test_the_pictures_say_what_was_measured():
-    weight = torch.randn(64, COLUMNS, generator=torch.Generator().manual_seed(2))
-    blocks = weight.view(-1, 64)
-    absmax = blocks.abs().amax(1, keepdim=True)
-    levels = {"nf4": nf4_code_book()}
-    total = relative_rmse(weight, quantize_codebook(weight).dequantize()) ** 2
-    picture = pictures.error_sources(levels, blocks / absmax, absmax.expand(-1, 64))
-    assert f"{total:.2g} in all" in picture.alt
-
-    counts = [0, *range(1, 16)]
-    assert "15 of 16 codes occur; never used: -8." in pictures.code_counts(counts).alt
-    rows = {"NF4": {"codes": 4.0, "scales": 0.5}}
-    assert "NF4 4.5 (codes 4, scales 0.5)" in pictures.storage_bars(rows).alt
-    curves = {"NF4": ("nf4", [(32, 5.0, 0.08), (64, 4.5, 0.09)])}
-    assert "NF4 0.09 at 4.5 bits (blocks of 64)" in pictures.error_per_bit(curves).alt
-    table = {"Gaussian": {"absmax": 0.108, "affine": 0.091, "nf4": 0.092, "fp4": 0.122}}
-    assert "INT4 affine on Gaussian" in pictures.error_chart(table).alt
-    assert "fill 3 bytes" in pictures.bit_stream(range(8), bits=3).alt

@@ -7,9 +7,8 @@ from itertools import product
 
 import numpy as np
 import pytest
-import torch
 
-from chapter13 import memory, quantize_absmax
+from chapter13 import memory
 from chapter13.explorers import formats
 from chapter13.memory import CARDS, FORMATS, SHAPES
 from chapter13.plots import formats as pictures
@@ -235,36 +234,3 @@ def test_controls_without_effect_are_gray(panel):
     assert gray() == set()
     panel.set(format="fp16")
     assert gray() == {"group_size"}
-
-
-# --- still pictures ---------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def weight():
-    return torch.randn(64, 128, generator=torch.Generator().manual_seed(3)) * 0.05
-
-
-def test_relative_steps_counts_what_int8_loses(weight):
-    quantized = quantize_absmax(weight, 8, scale_dtype=torch.float32)
-    casts = {"fp16": weight.half(), "bf16": weight.bfloat16(), "int8": quantized.dequantize()}
-    lost = (quantized.codes() == 0).float().mean().item()
-    assert (
-        f": {lost:.0%} of the weights end up on zero" in pictures.relative_steps(weight, casts).alt
-    )
-
-
-def test_cast_errors_tell_the_median(weight):
-    casts = {"fp16": weight.half(), "bf16": weight.bfloat16()}
-    alt = pictures.cast_errors(weight, casts).alt
-    for name, cast in casts.items():
-        errors = ((cast.double() - weight.double()) / weight.double()).abs()
-        median = np.median(errors[errors > 0].numpy())
-        assert f"{median:.1e} for {name}" in alt
-
-
-def test_parameter_shares_tell_the_ends():
-    shape = SHAPES["Llama-2-7B"]
-    alt = pictures.parameter_shares({"Llama-2-7B": memory.parameters(shape)}).alt
-    ends = 2 * 32000 * 4096 + 65 * 4096
-    assert f"{ends / 6_738_415_616:.0%} of Llama-2-7B" in alt

@@ -128,20 +128,3 @@ def test_all_zeros():
         shown = view(layer, kind, 0, 8)
         assert shown.block_error == 0
         assert "1 of 1" in shown.readout
-
-
-def test_the_pictures_say_what_was_measured():
-    block = bytes([0, 0x3C, 0, 0xBC, *range(16)])
-    assert "d and m in two bytes each" in pictures.block_bytes(block, ["d", "m"]).alt
-    assert (
-        "magic (4 bytes), version (4 bytes)"
-        in pictures.file_bytes(b"GGUF\3\0\0\0", [("magic", 4), ("version", 4)]).alt
-    )
-    grids = {"near": [-1.0, 0.0, 1.0], "far": [-9.0, 9.0]}
-    alt = pictures.block_grids([0.5, -1.0, 1.0], grids).alt
-    assert "near, 3 of 3 levels" in alt
-    assert "far, 0 of 2 levels" in alt
-    assert "32: 4.5 bits, 10.0%" in pictures.block_sizes([(16, 5, 0.08), (32, 4.5, 0.1)]).alt
-    assert "50% of the blocks reach beyond" in pictures.top_levels([4.5, 7.0], 6).alt
-    chart = pictures.formats({"NF4": ("nf4", [(4.5, 0.1)])}, {"Q4_0": (4.5, 0.09)})
-    assert "Q4_0 0.09 at 4.5 bits" in chart.alt

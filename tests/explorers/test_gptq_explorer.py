@@ -238,29 +238,6 @@ def test_collect_sees_what_reaches_each_layer():
 # --- pictures -----------------------------------------------------------------------------------
 
 
-def test_pictures_say_what_was_measured():
-    valley = pictures.valley(
-        torch.tensor([2.4, 1.4]), torch.tensor([[1.0, 0.9], [0.9, 1.0]]),
-        {"nearest": (2, 1), "GPTQ": (2, 2)}, [(2, 1.76), (2, 2)],
-    )  # fmt: skip
-    assert "nearest 0.61, GPTQ 0.09" in valley.alt
-    loud = torch.eye(100)
-    loud[3, 3] = 1000.0
-    assert "one some 10^3 times" in pictures.hessians({"one": loud}).alt
-    losses = {"seen": [1e-4, 1e-3, 1e-2], "unseen": [2e-2, 1e-2, 2e-2]}
-    assert "farthest apart at 0.001" in pictures.damping([0.001, 0.01, 1], losses).alt
-    ratios = {"a": {"plain": 0.5, "ordered": 0.6}, "b": {"plain": 0.9, "ordered": 0.01}}
-    alt = pictures.loss_ratios(ratios).alt
-    assert "two dots for each of 2 layers" in alt
-    assert "ordered lies below plain in 1 of them, and lowest of all on b" in alt
-    bars = pictures.method_bars({"NF4": (0.3, 0.2, 0.4), "GPTQ": (0.21, 0.15, 0.3)})
-    assert "NF4 0.30, GPTQ 0.21" in bars.alt
-    curves = {"news": {1: 0.4, 16: 0.25}, "encyclopedia": {1: 0.35, 16: 0.2}}
-    alt = pictures.amounts(curves, {"rounding": 0.5, "NF4": 0.3}).alt
-    assert "news from 0.40 with 1 to 0.25 with 16" in alt
-    assert "rounding 0.50, NF4 0.30" in alt
-
-
 def test_a_hessians_patches_keep_the_largest():
     matrix = np.ones((130, 130))
     matrix[129, 0] = 7

@@ -19,7 +19,6 @@ from chapter13.explorers.granularity import (
 )
 from chapter13.integer import quantize_absmax, quantize_affine
 from chapter13.measures import max_abs_error, mse, relative_rmse, sqnr_db
-from chapter13.plots import granularity as plots
 
 
 def loud():
@@ -196,28 +195,3 @@ def test_one_setting_beyond_float16_leaves_the_others():
     assert "float32" in panel.set(bits=4)
     assert "dB" in panel.set(bits=8)
     panel.close()
-
-
-def test_pictures_say_their_numbers():
-    weight = np.array([[1.0, 2.0], [3.0, 4.0]])
-    alt = plots.shared_scales(weight, {"error per row": (weight - 0.25, (1, 2))}).alt
-    assert "2 by 2" in alt
-    assert "error per row 0.25" in alt
-
-    alt = plots.largest_of([1, 10], [0.8, 1.8], {"a row": (5, 1.234)}).alt
-    assert "1.23 a row" in alt
-
-    alt = plots.row_loudness({"a": [3.0, 1.0, 2.0]}).alt
-    assert "a: 1.0 to 3.0" in alt
-
-    levels = np.arange(-1, 2)
-    alt = plots.grids([0.0, 0.75], (levels, [0.0, 1.0]), (np.arange(4) / 4, [0.0, 0.75])).alt
-    assert "symmetric, 1 of 3 levels useful, mean error 0.125" in alt
-    assert "affine, 4 of 4 levels useful, mean error 0.000" in alt
-
-    alt = plots.error_maps({"a": torch.full((2, 2), 0.5), "b": torch.full((2, 2), 0.25)}).alt
-    assert "a 50.0%, b 25.0%" in alt
-
-    pairs = [(2.0, 0.5), (3.0, 0.2)]
-    alt = plots.frontier({"symmetric": {2: pairs}, "affine": {2: pairs}}, pairs).alt
-    assert "2 of 4 settings" in alt

@@ -8,7 +8,6 @@ import torch
 from chapter13 import memory, summary
 from chapter13.evaluate import Score
 from chapter13.explorers.summary import WISHES, choice, explore_choice
-from chapter13.plots import summary as plots
 from chapter13.plots.summary import ChoiceFigure
 
 SHAPE = memory.SHAPES["Llama-2-7B"]
@@ -182,13 +181,3 @@ def test_the_panel_over_its_whole_grid():
     assert "nothing fits" in text
     assert set(WISHES) == set(options["wish"])
     panel.close()
-
-
-def test_pictures_name_what_they_show():
-    rows = summary.rows()
-    picture = plots.pareto(rows, summary.front(rows))
-    assert all(each.name in picture.alt for each in summary.front(rows))
-    assert {each.family for each in rows.values()} <= set(plots.FAMILIES)
-    sizes = plots.sizes({"published": {0.1: 30.0, 100.0: 0.5}}, {"ours": (0.135, 25.0)})
-    assert "published: 30% at 0.1 billion, 0.5% at 100 billion" in sizes.alt
-    assert "ours: 25% at 0.135 billion" in sizes.alt

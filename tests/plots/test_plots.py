@@ -15,7 +15,7 @@ from chapter13.plots import COLORS, LiveFigure, Picture, new_figure, picture, st
 def bars(heights=(1, 3, 2)):
     with style():
         figure, ax = new_figure(width=6, height=3)
-        ax.bar(range(len(heights)), heights, color=COLORS["int8"])
+        ax.bar(range(len(heights)), heights, color=COLORS["original"])
         ax.set(title="bars", xlabel="code", ylabel="weights")
         return Picture(figure, alt=f"{len(heights)} bars.")
 
