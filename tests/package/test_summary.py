@@ -145,6 +145,7 @@ def test_every_machine_runs_some_measured_rows():
             assert any(name.startswith(start) for name in names), start
 
 
+@pytest.mark.slow
 def test_the_panel_over_its_whole_grid():
     rows = summary.rows()
     panel = explore_choice(rows)
@@ -172,6 +173,7 @@ def test_the_panel_over_its_whole_grid():
     panel.close()
 
 
+@pytest.mark.slow
 def test_pictures_name_what_they_show():
     rows = summary.rows()
     picture = plots.pareto(rows, summary.front(rows))
