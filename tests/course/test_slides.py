@@ -15,7 +15,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
-from conftest import skip_or_fail
+from conftest import from_npm, skip_or_fail
 from pypdfium2 import PdfDocument
 from pypdfium2.raw import FPDF_PAGEOBJ_IMAGE
 
@@ -36,6 +36,7 @@ def folder(tmp_path_factory):
     """A folder with all decks."""
     folder = tmp_path_factory.mktemp("slides")
     try:
+        from_npm(build.fetch_packages)
         build.build(numbered(), folder)
     except build.NoPackages as error:
         skip_or_fail(WHAT, error)

@@ -477,6 +477,7 @@ def test_errors_name_the_trouble():
         awq_block(Walk(model, TOKENS), 0, ignore, 4, 32)
 
 
+@pytest.mark.slow
 def test_the_real_model_loses_less_than_by_rounding():
     """Six blocks of the embedded model, on text that the search has not seen."""
     from chapter13 import corpus, evaluate, models, quantize_model

@@ -491,6 +491,7 @@ def test_a_damaged_file_in_the_hub_s_cache(one, monkeypatch):
         models.load("some/one")
 
 
+@pytest.mark.slow
 def test_loading_a_sound_model_says_nothing(capfd, caplog):
     models.load(device="cpu")
     models.load(device="cpu", mapped=True)

@@ -666,7 +666,9 @@ def test_gptqmodel_borrows_for_a_zero_point_of_0(bits):
 # --- the peers --------------------------------------------------------------------------------
 
 
-slow = pytest.mark.timeout(1200)  # importing a peer and its compiling, on a busy machine
+def slow(test):
+    """Importing a peer and its compiling take minutes on a busy machine."""
+    return pytest.mark.slow(pytest.mark.timeout(1200)(test))
 
 
 def ask(peer, jobs):

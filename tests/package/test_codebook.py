@@ -338,6 +338,7 @@ def test_what_the_steps_of_the_second_level_cost():
     check_nearly_nearest(ours, nearest, absmax)
 
 
+@pytest.mark.slow
 def test_the_steps_move_few_scales_of_the_real_model(weights):
     """Notebook 05 says how many, and takes less than 1% of a layer's for granted."""
     shares, moved, count = [], 0, 0

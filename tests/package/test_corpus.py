@@ -128,6 +128,7 @@ def test_news():
 
 
 @pytest.mark.parametrize("draw", [corpus.evaluation_tokens, corpus.calibration_tokens])
+@pytest.mark.slow
 def test_tokens_are_as_asked_for(tokenizer, draw):
     tokens = draw(tokenizer, 6, 128)
     assert tokens.shape == (6, 128)
@@ -146,6 +147,7 @@ def places(text: bytes, sequence: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("length", [100, 512])
+@pytest.mark.slow
 def test_evaluation_sequences_lie_within_one_article_each(tokenizer, encoded, length):
     tokens = corpus.evaluation_tokens(tokenizer, 40, length).tolist()
     found = []
@@ -161,6 +163,7 @@ def test_evaluation_sequences_lie_within_one_article_each(tokenizer, encoded, le
 
 
 @pytest.mark.parametrize("split", corpus.SPLITS)
+@pytest.mark.slow
 def test_encyclopedia_tokens_are_of_their_lot(tokenizer, encoded, split):
     tokens = corpus.encyclopedia_tokens(tokenizer, 12, 256, split)
     assert torch.equal(corpus.encyclopedia_tokens(tokenizer, 5, 256, split), tokens[:5])
@@ -192,6 +195,7 @@ def test_calibration_sequences_do_not_overlap(tokenizer):
 @pytest.mark.parametrize(
     ("draw", "count"), [(corpus.evaluation_tokens, 592), (corpus.calibration_tokens, 144)]
 )
+@pytest.mark.slow
 def test_more_than_there_is(tokenizer, draw, count):
     assert draw(tokenizer, count, 512).unique(dim=0).shape == (count, 512)
     with pytest.raises(ValueError, match=rf"{count + 1} sequences of 512 .* has {count}$"):

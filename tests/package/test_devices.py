@@ -27,9 +27,12 @@ from chapter13.whole_model import storage
 from chapter13.whole_model.fused import fuse
 
 TRUE_GPU = torch.cuda.is_available()
-pytestmark = pytest.mark.skipif(
-    stand_in.missing and not TRUE_GPU, reason="neither a GPU nor this PyTorch's stand-in for one"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        stand_in.missing and not TRUE_GPU, reason="neither a GPU nor a stand-in for this PyTorch"
+    ),
+]
 
 
 @pytest.fixture
@@ -177,7 +180,11 @@ def test_explorers_show_the_same(device):
     def panels(move):
         layer = {"a": (move(50 * weight()), move(weight()))}
         model, letters = toy_model()
-        return [explore_activations(layer), explore_awq(layer), explore_text(move(model), letters)]
+        return [
+            explore_activations(layer),
+            explore_awq(layer),
+            explore_text(move(model), letters, ["The"]),
+        ]
 
     for there, here in zip(
         panels(lambda each: each.to(device)), panels(lambda each: each), strict=True

@@ -280,6 +280,7 @@ def files():
     return gguf_blocks.read(path), gguf.GGUFReader(path)
 
 
+@pytest.mark.slow
 def test_metadata_equal_gguf_s_reader(files):
     ours, theirs = files
     fields = {name: f.contents() for name, f in theirs.fields.items() if name[:5] != "GGUF."}

@@ -67,6 +67,7 @@ def deinterleave(rows: torch.Tensor, heads: int) -> torch.Tensor:
     return rows[order]
 
 
+@pytest.mark.slow
 def test_every_weight_under_its_name(embedded, written):
     model, _ = embedded
     stored = read(written).tensors
@@ -93,6 +94,7 @@ def test_metadata_is_that_of_the_other_file(written):
     assert ours["general.file_type"] == 2
 
 
+@pytest.mark.slow
 def test_transformers_reads_the_very_weights(embedded, loaded):
     """By way of the gguf library, which knows nothing of ours: names and row order included."""
     original = embedded[0].state_dict()
@@ -111,6 +113,7 @@ def test_rotary_rows_by_hand():
     assert torch.equal(deinterleave(interleave(rows, 3), 3), rows)
 
 
+@pytest.mark.slow
 def test_llamacpp_predicts_the_same(loaded, ours, tokens):
     """Its log-probabilities are off ours by what rounding the inputs to Q8_0 does, no more.
 
@@ -127,6 +130,7 @@ def test_llamacpp_predicts_the_same(loaded, ours, tokens):
     assert difference.mean().abs() < 4 * error
 
 
+@pytest.mark.slow
 def test_a_wrong_row_order_would_be_noticed(loaded, ours, tokens):
     """The same comparison with the rows of q and k interleaved once too often: far outside."""
     wrong = copy.deepcopy(loaded)

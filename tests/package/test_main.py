@@ -93,6 +93,7 @@ def weights(model):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )  # fmt: skip
+@pytest.mark.slow
 def test_it_writes_what_the_package_computes(model, method, more, options, tmp_path, capsys):
     """From mapped bfloat16 files, block by block, the weights that float32 in memory gives.
 
@@ -146,6 +147,7 @@ def test_text_of_ones_own(llama, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["affine", "nf4"])
+@pytest.mark.slow
 def test_evaluate(llama, method, tmp_path, capsys):
     assert quantize(llama, tmp_path / "out", method) == 0
     size = ["--sequences", "3", "--length", "16"]
@@ -564,6 +566,7 @@ sys.exit(command.main(sys.argv[2:]))
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize("method", ["gptq", "nf4"])
+@pytest.mark.slow
 def test_the_same_command_goes_on_after_an_interruption(llama, end, method, tmp_path, monkeypatch):
     more = FEW if method == "gptq" else []
     assert quantize(llama, tmp_path / "whole", method, *more) == 0

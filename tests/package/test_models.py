@@ -42,6 +42,7 @@ def embedded():
     return models.load(device="cpu")
 
 
+@pytest.mark.slow
 def test_embedded_model_needs_no_network(no_network, embedded):
     start = time.process_time()
     model, tokenizer = models.load(device="cpu")
@@ -100,6 +101,7 @@ def test_a_gpu_that_is_not_found_is_explained(monkeypatch, built_for, why):
         models.find_device("cuda")
 
 
+@pytest.mark.slow
 def test_make_test_gpu_asks_for_a_gpu_first():
     run = [sys.executable, "-m", "tools.gpu"]
     asked = subprocess.run(run, cwd=CHECKOUT, capture_output=True, text=True)
@@ -148,6 +150,7 @@ print(json.dumps([seconds, after - before, "transformers" in sys.modules]))
 
 
 @pytest.mark.skipif(not LINUX, reason="reads /proc")
+@pytest.mark.slow
 def test_linear_weights_are_read_only_when_looked_at():
     run = subprocess.run(
         [sys.executable, "-c", LAZY], cwd=CHECKOUT, capture_output=True, text=True, check=True
@@ -185,6 +188,7 @@ sys.stdin.readline()  # stays until the other has measured too
 
 
 @pytest.mark.skipif(not LINUX, reason="reads /proc")
+@pytest.mark.slow
 def test_two_kernels_share_the_weights():
     size = (require(models.EMBEDDED) / "model.safetensors").stat().st_size / 1024
     with ExitStack() as running:

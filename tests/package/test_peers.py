@@ -228,6 +228,7 @@ def peer(request):
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_records_still_hold(peer, problems):
     records, tasks = vectors.recorded(peer), []
     for problem, (weight, inputs) in problems.items():
@@ -272,6 +273,7 @@ def real_layers():
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_real_layers(peer, real_layers):
     """Same codes over static groups; where theirs has stale scales, the losses side by side."""
     coincide, stale = (4, 64, False, True), (4, 64, False, False)
@@ -296,6 +298,7 @@ def test_real_layers(peer, real_layers):
 
 @pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore:.*calibration tokens span")  # few tokens will do here
+@pytest.mark.slow
 def test_whole_model(peer, tmp_path):
     """Two blocks of the real model by the library's own `quantize`, read back from its checkpoint.
 

@@ -156,6 +156,7 @@ def test_every_machine_runs_some_measured_rows():
             assert any(name.startswith(start) for name in names), start
 
 
+@pytest.mark.slow
 def test_the_panel_over_its_whole_grid():
     rows = summary.rows()
     panel = explore_choice(rows)

@@ -73,8 +73,8 @@ def test_help_is_the_default_and_lists_every_target(folder):
     result = make(folder)
     assert result.stdout == make(folder, "help").stdout
     assert set(re.findall(r"^  make ([\w-]+) +\S.*$", result.stdout, re.MULTILINE)) == targets
-    wanted = {"setup", "lab", "test", "data", "rerun", "reset", "lint", "mutants", "bench", "clean"}
-    assert wanted <= targets
+    wanted = "setup lab test check data rerun reset lint mutants bench clean"
+    assert set(wanted.split()) <= targets
 
 
 def test_setup_installs_once(folder):
@@ -151,19 +151,39 @@ def test_test_runs_tests_and_strict_nbval_over_the_course_alone(folder):
     assert download == "python -m chapter13.fetch"
     device, *words = pytest_line.split()
     assert device == "cpu"
-    assert words[:4] == ["python", "-m", "pytest", "tests"]
+    assert words[:5] == ["python", "-m", "pytest", "tests", "chapter13"]
     assert {"--nbval", "--nbval-current-env", "notebooks/00_first.ipynb"} <= set(words)
     assert "--nbval-lax" not in words
     assert not [word for word in words if "my_" in word]
 
 
-def test_test_gpu_runs_the_very_same_elsewhere(folder):
+def test_test_uses_two_cores_and_keeps_a_file_in_one_process(folder):
+    assert make(folder, "test").returncode == 0
+    *_, words = log(folder)
+    assert words.endswith(" -n 2 --dist loadfile --no-loadscope-reorder")
+    assert make(folder, "test", "WORKERS=8").returncode == 0
+    assert log(folder)[-1] == words.replace(" -n 2 ", " -n 8 ")
+    assert "OMP_NUM_THREADS=1" in make(folder, "-n", "test").stdout
+
+
+def test_check_runs_the_fast_tests_of_the_package_and_the_style(folder):
+    assert make(folder, "setup").returncode == 0
+    script(folder / ".venv" / "bin" / "ruff", '#!/bin/sh\necho "ruff $*" >> log\n')
+    assert make(folder, "check").returncode == 0
+    *_, download, pytest_line, formatted, checked = log(folder)
+    assert download == "python -m chapter13.fetch"
+    assert pytest_line.startswith("cpu python -m pytest -q tests/package chapter13 -m not slow")
+    assert "nbval" not in pytest_line
+    assert (formatted, checked) == ("ruff format --check .", "ruff check .")
+
+
+def test_test_gpu_runs_the_very_same_elsewhere_in_one_process(folder):
     assert make(folder, "test").returncode == 0
     *_, on_cpu = log(folder)
     assert make(folder, "test-gpu").returncode == 0
     *_, asked, download, on_gpu = log(folder)
     assert (asked, download) == ("gpu?", "python -m chapter13.fetch")
-    assert on_gpu == on_cpu.replace("cpu ", "cuda ", 1)
+    assert on_gpu == on_cpu.replace("cpu ", "cuda ", 1).partition(" -n 2 ")[0]
 
 
 @pytest.mark.parametrize("target", ["test-gpu", "bench-gpu"])

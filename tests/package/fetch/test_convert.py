@@ -13,6 +13,8 @@ from chapter13 import corpus, models
 from chapter13.fetch.convert import Shuffle, shuffles
 from chapter13.fetch.download import require
 
+pytestmark = pytest.mark.slow
+
 # Two conversions give the same bytes, and so should every machine.
 MODEL_SHA256 = "6f017131bb35378592de4c02138f8e331b1dc8c6b41f6bc09bb0674247864532"
 

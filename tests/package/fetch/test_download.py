@@ -21,6 +21,8 @@ import pytest
 from chapter13 import corpus, models
 from chapter13.fetch import download
 
+pytestmark = pytest.mark.slow
+
 
 def make_wheel(folder: Path, text: str) -> download.Wheel:
     """A real, tiny package with one text file in it."""

@@ -284,6 +284,7 @@ def cut():
     return make, tokenizer
 
 
+@pytest.mark.slow
 def test_real_layers_lose_less_than_by_rounding(cut):
     make, tokenizer = cut
     tokens = corpus.calibration_tokens(tokenizer, 8, 256)
@@ -312,6 +313,7 @@ def test_real_layers_lose_less_than_by_rounding(cut):
     assert max(ratios) < 1
 
 
+@pytest.mark.slow
 def test_the_real_model_is_nearer_to_full_precision(cut):
     make, tokenizer = cut
     calibration = corpus.calibration_tokens(tokenizer, 8, 256)

@@ -222,6 +222,7 @@ def test_casts_and_copies_keep_every_bit(quantize):
     assert torch.equal(other(x), layer(x))
 
 
+@pytest.mark.slow
 def test_the_model_never_lies_in_memory_as_a_whole():
     """Whatever forward dequantizes is gone before the next layer does."""
     import gc
