@@ -25,6 +25,7 @@ from chapter13.plots import (
 )
 from chapter13.plots import gptq as gptq_plots
 from chapter13.plots import summary as summary_plots
+from chapter13.plots.picture import method_named
 from chapter13.tables import nf4_code_book
 
 
@@ -472,6 +473,8 @@ def test_pareto_has_a_point_for_each_row():
     assert points(edge) == [(row.bits_per_weight, max(row.kl.value, least)) for row in front]
     assert all(each.name in shown.alt for each in front)
     assert {each.family for each in rows.values()} <= set(summary_plots.FAMILIES)
+    for family, method in summary_plots.FAMILIES.items():
+        assert method_named(family) in (None, method)
 
 
 def test_loss_over_size_has_curves_and_our_points():
