@@ -94,11 +94,7 @@ def loss_over_size(published, own):
         for label, (method, points) in published.items():
             ax.plot(*zip(*points.items(), strict=True), ms=8, label=label, **method_line(method))
         for label, (method, point) in own.items():
-            look = method_line(method, variant=True) | {
-                "linestyle": "",
-                "ms": 16,
-                "markeredgewidth": 3,
-            }
+            look = method_line(method, variant=True) | {"linestyle": "", "ms": 12}
             ax.plot(*point, label=label, **look)
         ax.set(xscale="log", yscale="log", xlabel="parameters (billions)")
         ax.set(ylabel="perplexity lost (%)")
