@@ -13,7 +13,7 @@ import torch
 from chapter13 import memory, results
 from chapter13.evaluate import Score
 
-KEY = "table/"
+TABLE = "table/"
 STUDY = "study/"
 
 # Perplexity on WikiText-2: parameters in billions -> full precision, 4 bits rounded to nearest,
@@ -63,9 +63,9 @@ def rows(records: dict[str, dict] | None = None) -> dict[str, Row]:
     """
     records = results.load() if records is None else records
     found = [
-        _row(key.removeprefix(KEY), record)
+        _row(key.removeprefix(TABLE), record)
         for key, record in records.items()
-        if key.startswith(KEY) and {"cost", "quality"} <= set(record)
+        if key.startswith(TABLE) and {"cost", "quality"} <= set(record)
     ]
     if not found:
         raise ValueError("data/results.json holds no table: run `make results`")

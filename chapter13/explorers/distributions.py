@@ -29,6 +29,7 @@ from chapter13.integer import quantize_affine
 from chapter13.measures import max_abs_error, mse
 from chapter13.models import LINEARS, linear_weights, load
 from chapter13.plots.distributions import DistributionsFigure, percent
+from chapter13.plots.picture import METHOD_LOOK
 from chapter13.tables import CODE_BOOKS
 from chapter13.tensors import QuantizedTensor
 from chapter13.whole_model.walk import Walk
@@ -68,7 +69,7 @@ def _awq(weight, inputs, bits, group_size):
 
 # name -> function of (weight, LayerInputs, bits, group size): (quantized, the approximate weight)
 WEIGHT_LEARNERS = {"gptq": _gptq, "awq": _awq}
-METHOD_LABELS = layers.METHOD_LABELS | {"gptq": "GPTQ", "awq": "AWQ (scales alone)"}
+METHOD_LABELS = layers.METHOD_LABELS | {name: METHOD_LOOK[name].label for name in WEIGHT_LEARNERS}
 
 
 @dataclass(frozen=True)

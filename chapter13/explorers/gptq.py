@@ -15,8 +15,9 @@ from chapter13.grids import Grid, fit_grid
 from chapter13.integer import quantize_affine
 from chapter13.measures import relative_rmse
 from chapter13.plots.gptq import ColumnsFigure, LayerFigure
+from chapter13.plots.picture import METHOD_LOOK
 
-METHOD_LABELS = {"affine": "round to nearest", "gptq": "GPTQ"}
+METHOD_LABELS = {"affine": METHOD_LOOK["nearest"].label, "gptq": METHOD_LOOK["gptq"].label}
 GROUP_SIZES = ["channel", 192, 128, 96, 64, 48, 32, 16]
 CORRELATIONS = [0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95]
 DAMPS = [0.0, 0.001, 0.01, 0.1, 1.0]

@@ -16,17 +16,13 @@ from traitlets import observe
 from chapter13.codebook import quantize_codebook
 from chapter13.explorers.base import Explorer
 from chapter13.integer import quantize_absmax, quantize_affine
+from chapter13.plots.picture import METHOD_LOOK
 from chapter13.tables import CODE_BOOKS
 from chapter13.tensors import QuantizedTensor, check_finite, check_weight
 
 MOST = 1 << 20  # weights; some rows of a larger matrix are measured in its place
 DRAWN = 100_000  # weights that make a picture; the numbers of a readout are of all
-METHOD_LABELS = {
-    "absmax": "absmax (symmetric)",
-    "affine": "affine (asymmetric)",
-    "nf4": "NF4",
-    "fp4": "FP4",
-}
+METHOD_LABELS = {name: METHOD_LOOK[name].label for name in ("absmax", "affine", "nf4", "fp4")}
 
 
 # --- how many weights share a scale -----------------------------------------------------------

@@ -145,7 +145,7 @@ def view(tokenizer, prompt, method, bits, reference, new, margin, bits_per_weigh
     agree = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(reference), len(new)))
     before, after = (prompt + tokenizer.decode(tokens) for tokens in (reference, new))
     same = len(prompt + tokenizer.decode(new[:agree]))
-    name = METHOD_LABELS[method].partition(" ")[0]
+    name = METHOD_LABELS[method]
     readout = lines(
         ("bits per weight, scales included", f"{bits_per_weight:.2f}"),
         ("tokens before the first difference", f"{agree} of {len(reference)}"),
