@@ -1,6 +1,7 @@
 """The README's table of speeds says what data/results.json holds."""
 
 import pytest
+from tiny import says
 
 from chapter13 import results
 from tools import bench, readme
@@ -13,7 +14,9 @@ def test_readme_is_not_stale():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(SystemExit, match="there are: int8, nf4, packing, sliders, import, models"):
+    with pytest.raises(
+        SystemExit, match=says("nf5", "int8, nf4, packing, sliders, import, models")
+    ):
         bench.main(["nf5"])
 
 
