@@ -36,6 +36,11 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
+def pytest_make_parametrize_id(val):
+    """In a test's name, a message's pattern made by `tiny.says` is what it says."""
+    return " ".join(map(str, val.facts)) if hasattr(val, "facts") else None
+
+
 @pytest.fixture(scope="session")
 def weights():
     """The embedded model's linear layers by name, mapped from data/: do not change them.

@@ -1,4 +1,6 @@
-"""Small models, tokens and weights that tests share: random, the same each time."""
+"""What tests share: small models, tokens and weights, random but the same each time; `says`."""
+
+import re
 
 import torch
 
@@ -112,3 +114,18 @@ def toy_model():
     model = tiny_llama(intermediate_size=128)
     model.config.eos_token_id = None
     return model, Letters()
+
+
+class Pattern(str):
+    facts = ()
+
+
+def says(*facts):
+    """A pattern for `match=`: every fact, each as a word of its own, in any order.
+
+    A message may then be worded better, but not lose the layer, the number or the name.
+    """
+    words = (rf"(?=[\s\S]*(?<!\w){re.escape(str(fact))}(?!\w))" for fact in facts)
+    pattern = Pattern(r"\A" + "".join(words))
+    pattern.facts = facts
+    return pattern

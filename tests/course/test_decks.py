@@ -6,6 +6,7 @@ import shutil
 
 import nbformat
 import pytest
+from tiny import says
 
 from tools.slides import build
 
@@ -38,13 +39,13 @@ def npm(folder, script):
 
 
 def test_without_npm_it_says_how_to_get_it(empty):
-    with pytest.raises(build.NoPackages, match="sudo apt-get install npm"):
+    with pytest.raises(build.NoPackages, match=says("sudo apt-get install npm")):
         build.fetch_packages()
 
 
 def test_what_npm_complains_about_is_shown(empty):
     npm(empty, "echo no network >&2; exit 1")
-    with pytest.raises(build.NoPackages, match="no network"):
+    with pytest.raises(build.NoPackages, match=says("no network")):
         build.fetch_packages()
 
 

@@ -89,7 +89,7 @@ def test_the_last_cell_leads_on():
     lost = notebooks.read(first)
     lost.cells[-1].source = "The end."
     (found,) = notebooks.navigation_problems(lost, first)
-    assert found == f"the last cell should be: {notebooks.navigation(first)}"
+    assert notebooks.navigation(first) in found
 
 
 # --- the checks themselves, on a notebook made here ------------------------------------------

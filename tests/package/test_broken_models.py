@@ -10,6 +10,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tiny import says
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -91,14 +92,14 @@ def test_missing_tensors_are_refused(one, mapped):
             del tensors[name]
 
     edit_tensors(one, edit)
-    words = r"lacks 3 tensors.*first model\.layers\.1\.mlp\.down_proj\.weight.*Fetch"
+    words = says(3, "model.layers.1.mlp.down_proj.weight")
     refused(one, ValueError, words, [lambda folder: models.load(folder, mapped=mapped)])
 
 
 @pytest.mark.parametrize("mapped", [False, True])
 def test_tensors_of_another_shape_are_refused(one, mapped):
     edit_config(one, intermediate_size=48)
-    words = r"layers\.0\.mlp\.down_proj\.weight has shape \(32, 64\).*\(32, 48\) \(6 such"
+    words = says("layers.0.mlp.down_proj.weight", "(32, 64)", "(32, 48)", 6)
     refused(one, ValueError, words, [lambda folder: models.load(folder, mapped=mapped)])
 
 
@@ -110,7 +111,7 @@ def test_tensors_missing_from_one_of_several_files_are_refused(several):
     del tensors["model.norm.weight"]
     save_file(tensors, several / gone, metadata={"format": "pt"})
     index.write_text(json.dumps(content))
-    refused(several, ValueError, "lacks 1 .*first model.norm.weight", [models.load])
+    refused(several, ValueError, says(1, "model.norm.weight"), [models.load])
 
 
 def test_quantized_weights_are_not_loaded_as_others(one):
@@ -121,9 +122,9 @@ def test_quantized_weights_are_not_loaded_as_others(one):
         tensors[f"{name}.qweight"] = torch.zeros(4, 64, dtype=torch.int32)
 
     edit_tensors(one, edit)
-    refused(one, ValueError, rf"is quantized \(it has {name}\.qweight\).*open_model", [models.load])
+    refused(one, ValueError, says("quantized", f"{name}.qweight", "open_model"), [models.load])
     edit_config(one, quantization_config={"quant_method": "gptq", "bits": 4})
-    refused(one, ValueError, "is quantized .*quantization_config", [models.load])
+    refused(one, ValueError, says("quantized", "quantization_config"), [models.load])
     assert models.skeleton(one)
 
 
@@ -141,16 +142,14 @@ def test_weights_are_not_loaded_without_their_scales(one, dtype, scale):
             tensors[name + scale] = torch.ones(1)
 
     edit_tensors(one, edit)
-    refused(
-        one, ValueError, rf"is quantized \(it has {re.escape(name)}.*does not say", [models.load]
-    )
+    refused(one, ValueError, rf"(?=.*{re.escape(name)}).*quantized", [models.load])
     assert models.skeleton(one)
 
 
 def test_scales_beside_float_weights_are_refused(one):
     name = "model.layers.0.mlp.up_proj.weight_scale"
     edit_tensors(one, lambda tensors: tensors.update({name: torch.ones(1)}))
-    refused(one, ValueError, rf"is quantized \(it has {name} in F32\)", [models.load])
+    refused(one, ValueError, says("quantized", name, "F32"), [models.load])
 
 
 def mixture(folder):
@@ -169,9 +168,9 @@ def test_experts_that_are_merged_on_loading_are_not_missing(tmp_path):
 @pytest.mark.parametrize(
     ("gone", "words"),
     [
-        ("experts.2.w3", "lacks tensors that transformers puts together"),
-        ("experts.2.w2", r"experts.down_proj has shape \(3, 32, 64\)"),
-        ("experts.2.", r"experts.down_proj has shape \(3, 32, 64\)"),
+        ("experts.2.w3", says("lacks", "transformers")),
+        ("experts.2.w2", says("experts.down_proj", "(3, 32, 64)")),
+        ("experts.2.", says("experts.down_proj", "(3, 32, 64)")),
     ],
 )
 def test_an_expert_that_lacks_tensors_is_refused(tmp_path, gone, words):
@@ -182,7 +181,7 @@ def test_an_expert_that_lacks_tensors_is_refused(tmp_path, gone, words):
             del tensors[name]
 
     edit_tensors(tmp_path, edit)
-    refused(tmp_path, ValueError, f"{words}.*Fetch", [models.load])
+    refused(tmp_path, ValueError, words, [models.load])
 
 
 @pytest.mark.parametrize("prefix", ["model.", ""])
@@ -195,13 +194,13 @@ def test_a_bias_that_the_configuration_leaves_out_is_refused(one, prefix):
         tensors[name] = torch.ones(32)
 
     edit_tensors(one, edit)
-    words = r"q_proj\.bias, but config\.json describes layers without bias"
+    words = says("q_proj.bias", "config.json")
     refused(one, ValueError, words, [models.load])
 
 
 def test_tensors_that_are_not_used_are_told_of(one):
     edit_config(one, num_hidden_layers=1)
-    words = r"9 tensors that a LlamaForCausalLM .* does not use, first model\.layers\.1\."
+    words = r"(?=.*\b9 tensors)(?=.*LlamaForCausalLM).*model\.layers\.1\."
     with pytest.warns(UserWarning, match=words):
         models.load(one)
 
@@ -463,7 +462,7 @@ def test_a_file_is_not_a_folder(one):
 
 
 def test_a_folder_that_does_not_exist(tmp_path):
-    refused(tmp_path / "typed" / "wrong", ValueError, "there is no folder .*not the id of a model")
+    refused(tmp_path / "typed" / "wrong", ValueError, says("folder", "id"))
 
 
 @pytest.mark.parametrize("call", [models.load, models.skeleton])
@@ -487,7 +486,7 @@ def test_a_damaged_file_in_the_hub_s_cache(one, monkeypatch):
     monkeypatch.setattr(models, "load_config", lambda source, safe: config)
     monkeypatch.setattr(models, "load_tokenizer", lambda source, safe: None)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    with pytest.raises(ValueError, match="copy of some/one in .* cache .*header too small.*delete"):
+    with pytest.raises(ValueError, match=says("some/one", "cache", "header too small")):
         models.load("some/one")
 
 

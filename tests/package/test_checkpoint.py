@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TOKENS, generator, tiny_gpt2, tiny_llama
+from tiny import TOKENS, generator, says, tiny_gpt2, tiny_llama
 from torch import nn
 
 from chapter13 import checkpoint, quantize_model
@@ -130,13 +130,13 @@ def test_absmax_becomes_the_symmetric_grid(bits, checkpoint_format):
 
 
 def test_zero_point_0_needs_the_second_format():
-    with pytest.raises(ValueError, match=r"of 192 groups have zero point 0.*gptq_v2"):
+    with pytest.raises(ValueError, match=says(192, "zero point 0", "gptq_v2")):
         to_gptq(nasty(4, 32), "gptq")
 
 
 def test_scales_beyond_float16_are_not_rounded():
     weight = torch.randn(64, 96, generator=generator())
-    with pytest.raises(ValueError, match=r"of 192 scales .* scale_dtype=torch.float16"):
+    with pytest.raises(ValueError, match=says(192, "scale_dtype=torch.float16")):
         to_gptq(quantize_affine(weight, 4, 32, torch.float32), "gptq_v2")
     exact = quantize_affine(torch.full((32, 32), 7.5), 4, 32, torch.float32)  # scale 1/2
     assert (to_gptq(exact, "gptq_v2")["scales"] == 0.5).all()
@@ -249,7 +249,7 @@ def test_a_model_whose_files_group_weights_differently_is_refused(tmp_path):
     model = Qwen3MoeForCausalLM(
         Qwen3MoeConfig(**sizes, **heads, moe_intermediate_size=32, num_experts=4)
     )
-    with pytest.raises(ValueError, match=r"Qwen3MoeForCausalLM holds .*experts"):
+    with pytest.raises(ValueError, match=says("Qwen3MoeForCausalLM", "experts")):
         save_gptq(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -285,7 +285,7 @@ def test_into_a_model_that_is_there(tmp_path):
         parameter.data = torch.zeros_like(parameter)
     assert load_gptq(tmp_path / "out", other) is other
     compare(run(other), run(model))
-    with pytest.raises(ValueError, match="no linear layer of this LlamaForCausalLM that is still"):
+    with pytest.raises(ValueError, match=says("LlamaForCausalLM")):
         load_gptq(tmp_path / "out", other)
 
 
@@ -317,18 +317,18 @@ def partly():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (tiny_llama, ValueError, "LlamaForCausalLM has no quantized layer: quantize_model first"),
-        (partly, ValueError, r"1 linear layers are not quantized, first .*down_proj"),
-        (mixed, ValueError, r"down_proj has 4 bits and group size 48, other layers 4 and 32"),
-        (partial(quantized, method="nf4"), ValueError, r"q_proj is quantized with a code book"),
-        (partial(quantized, bits=5), ValueError, "q_proj has 5 bits; the format holds 2, 3, 4"),
-        (partial(quantized, group_size=None), ValueError, 'one scale .* group_size="channel"'),
+        (tiny_llama, ValueError, says("LlamaForCausalLM", "quantize_model")),
+        (partly, ValueError, says(1, "model.layers.1.mlp.down_proj")),
+        (mixed, ValueError, says("down_proj", "4 bits", 48, 32)),
+        (partial(quantized, method="nf4"), ValueError, says("q_proj", "code book")),
+        (partial(quantized, bits=5), ValueError, says("q_proj", "5 bits", "2, 3, 4")),
+        (partial(quantized, group_size=None), ValueError, says('group_size="channel"')),
         (
             partial(quantized, partial(tiny_llama, intermediate_size=80), group_size=16),
             ValueError,
-            r"gate_proj has shape \(80, 64\); both sides must be multiples of 32",
+            says("gate_proj", "(80, 64)", 32),
         ),
-        (lambda: nn.Sequential(nn.Linear(32, 32)), TypeError, "transformers, not a Sequential"),
+        (lambda: nn.Sequential(nn.Linear(32, 32)), TypeError, says("transformers", "Sequential")),
     ],
 )
 def test_what_cannot_be_written(make, error, message, tmp_path):
@@ -341,9 +341,9 @@ def test_a_layer_that_cannot_be_written_is_named(tmp_path):
     model = quantized()
     layer = QuantizedLinear(nasty(4, 32))
     model.set_submodule("model.layers.1.mlp.down_proj", layer)
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: .* zero point 0"):
+    with pytest.raises(ValueError, match=says("layers.1.mlp.down_proj", "zero point 0")):
         save_gptq(model, tmp_path / "out")
-    with pytest.raises(ValueError, match='must be "gptq" or "gptq_v2", not \'gptq_v3\''):
+    with pytest.raises(ValueError, match=says("gptq", "gptq_v2", "'gptq_v3'")):
         save_gptq(model, tmp_path / "out", checkpoint_format="gptq_v3")
     assert not list(tmp_path.iterdir())
     save_gptq(model, tmp_path / "out", checkpoint_format="gptq_v2")
@@ -380,7 +380,7 @@ def test_only_its_own_checkpoints_are_replaced(tmp_path):
     full.mkdir()
     for name, text in (("thesis.txt", "text"), ("config.json", "{}"), ("config.json", "[1]")):
         (full / name).write_text(text)
-        with pytest.raises(FileExistsError, match="not a checkpoint that save_gptq wrote"):
+        with pytest.raises(FileExistsError, match=says(full, "save_gptq")):
             save_gptq(model, full)
         assert (full / name).read_text() == text
     with pytest.raises(FileExistsError):
@@ -450,64 +450,64 @@ def own(**changes):
 
 
 DAMAGE = {
-    "no qweight": (missing(f"{UP}.qweight"), "up_proj.weight is missing"),
-    "no qzeros": (missing(f"{UP}.qzeros"), "up_proj.qzeros is missing"),
-    "no scales": (missing(f"{UP}.scales"), "up_proj.scales is missing"),
+    "no qweight": (missing(f"{UP}.qweight"), says("up_proj.weight")),
+    "no qzeros": (missing(f"{UP}.qzeros"), says("up_proj.qzeros")),
+    "no scales": (missing(f"{UP}.scales"), says("up_proj.scales")),
     "no g_idx": (
         lambda *args: (own(desc_act=True)(*args), missing(f"{UP}.g_idx")(*args)),
-        "up_proj.g_idx is missing, and desc_act says",
+        says("up_proj.g_idx", "desc_act"),
     ),
-    "no norm": (missing("model.norm.weight"), "model.norm.weight is missing"),
-    "rows": (cut("qweight", slice(0, 4)), r"up_proj.qweight is int32 \[4, 96\], not .*\[8, 96\]"),
-    "columns": (cut("qweight", slice(None), slice(0, 8)), r"up_proj.qweight is int32 \[8, 8\]"),
-    "groups": (cut("qzeros", slice(0, 1)), r"up_proj.qzeros is int32 \[1, 12\], not .*\[2, 12\]"),
-    "scales": (cut("scales", slice(0, 1)), r"up_proj.scales is float16 \[1, 96\]"),
-    "inputs": (cut("g_idx", slice(0, 8)), r"up_proj.g_idx is int32 \[8\]"),
-    "one number": (cut("g_idx", 0), r"up_proj.g_idx is int32 \[\]"),
-    "int64": (cast("qweight", torch.int64), "up_proj.qweight is int64 .* not int32"),
-    "float zeros": (cast("qzeros", torch.float32), "up_proj.qzeros is float32"),
-    "float64": (cast("scales", torch.float64), "up_proj.scales is float64"),
-    "float g_idx": (cast("g_idx", torch.float16), "up_proj.g_idx is float16"),
-    "NaN": (put(f"{UP}.scales", torch.nan), "up_proj.scales hold NaN or Inf"),
-    "Inf": (put(f"{UP}.scales", -torch.inf, 7), "up_proj.scales hold NaN or Inf"),
-    "order": (put(f"{UP}.g_idx", 1, 5), "up_proj.g_idx puts .* static groups"),
-    "zero": (put(f"{UP}.qzeros", 0x777777F7), "up_proj.qzeros hold 1 zero points of 0 or 16"),
-    "bits": (own(bits=8), r"qweight is int32 \[12, 64\], not int32 \[24, 64\]"),
-    "5 bits": (own(bits=5), "bits is 5, not 2, 3, 4 or 8"),
-    "bits in words": (own(bits="4"), "bits is '4'"),
-    "groups of 16": (own(group_size=16), "qzeros is int32"),
-    "groups of 40": (own(group_size=40), r"qweight cannot hold \(64, 96\) at 4 bits in groups of"),
-    "groups of 0": (own(group_size=0), "group_size is 0, neither -1 nor a positive int"),
-    "groups of True": (own(group_size=True), "group_size is True"),
-    "groups of None": (own(group_size=None), "group_size is None"),
-    "method": (own(quant_method="awq"), "quant_method is 'awq', not 'gptq'"),
-    "format": (own(checkpoint_format="marlin"), "the format is 'marlin'"),
-    "Marlin": (own(is_marlin_format=True), "the format is 'gptq', for Marlin"),
-    "dynamic": (own(dynamic={"+:up_proj": {"bits": 8}}), "'dynamic' is set"),
-    "rotation": (own(rotation="hadamard"), "'rotation' is set"),
+    "no norm": (missing("model.norm.weight"), says("model.norm.weight")),
+    "rows": (cut("qweight", slice(0, 4)), says("up_proj.qweight", "[4, 96]", "[8, 96]")),
+    "columns": (cut("qweight", slice(None), slice(0, 8)), says("up_proj.qweight", "[8, 8]")),
+    "groups": (cut("qzeros", slice(0, 1)), says("up_proj.qzeros", "[1, 12]", "[2, 12]")),
+    "scales": (cut("scales", slice(0, 1)), says("up_proj.scales", "[1, 96]")),
+    "inputs": (cut("g_idx", slice(0, 8)), says("up_proj.g_idx", "[8]")),
+    "one number": (cut("g_idx", 0), says("up_proj.g_idx", "[]")),
+    "int64": (cast("qweight", torch.int64), says("up_proj.qweight", "int64", "int32")),
+    "float zeros": (cast("qzeros", torch.float32), says("up_proj.qzeros", "float32")),
+    "float64": (cast("scales", torch.float64), says("up_proj.scales", "float64")),
+    "float g_idx": (cast("g_idx", torch.float16), says("up_proj.g_idx", "float16")),
+    "NaN": (put(f"{UP}.scales", torch.nan), says("up_proj.scales", "NaN", "Inf")),
+    "Inf": (put(f"{UP}.scales", -torch.inf, 7), says("up_proj.scales", "NaN", "Inf")),
+    "order": (put(f"{UP}.g_idx", 1, 5), says("up_proj.g_idx", "static groups")),
+    "zero": (put(f"{UP}.qzeros", 0x777777F7), says("up_proj.qzeros", 1, 0, 16)),
+    "bits": (own(bits=8), says("qweight", "[12, 64]", "[24, 64]")),
+    "5 bits": (own(bits=5), says("bits", 5, "2, 3, 4 or 8")),
+    "bits in words": (own(bits="4"), says("bits", "'4'")),
+    "groups of 16": (own(group_size=16), says("qzeros")),
+    "groups of 40": (own(group_size=40), says("qweight", "(64, 96)", "4 bits", 40)),
+    "groups of 0": (own(group_size=0), says("group_size", 0, "-1", "positive int")),
+    "groups of True": (own(group_size=True), says("group_size", "True")),
+    "groups of None": (own(group_size=None), says("group_size", "None")),
+    "method": (own(quant_method="awq"), says("quant_method", "'awq'", "'gptq'")),
+    "format": (own(checkpoint_format="marlin"), says("format", "'marlin'")),
+    "Marlin": (own(is_marlin_format=True), says("format", "'gptq'", "Marlin")),
+    "dynamic": (own(dynamic={"+:up_proj": {"bits": 8}}), says("'dynamic'")),
+    "rotation": (own(rotation="hadamard"), says("'rotation'")),
     "vocabulary": (
         lambda tensors, own: tensors.update({"lm_head.weight": torch.zeros(99, 64)}),
-        r"lm_head.weight has shape \[99, 64\], the model \[100, 64\]",
+        says("lm_head.weight", "[99, 64]", "[100, 64]"),
     ),
     "quantized head": (
         lambda tensors, own: tensors.update({"lm_head.qweight": torch.zeros(8, 100).int()}),
-        "lm_head is quantized in the checkpoint, but no linear layer",
+        says("lm_head", "linear layer"),
     ),
     "bias": (
         lambda tensors, own: tensors.update({f"{UP}.bias": torch.ones(96)}),
-        "up_proj.bias is not zero, but this model's layer has no bias",
+        says("up_proj.bias"),
     ),
     "foreign tensor": (
         lambda tensors, own: tensors.update({"model.lora": torch.ones(3)}),
-        "model.lora has no place in this LlamaForCausalLM",
+        says("model.lora", "LlamaForCausalLM"),
     ),
     "foreign part": (
         lambda tensors, own: tensors.update({f"{UP}.weight": torch.ones(96, 64)}),
-        "up_proj.weight has no place in a quantized layer",
+        says("up_proj.weight", "quantized"),
     ),
     "nothing quantized": (
         lambda tensors, own: [tensors.pop(key) for key in list(tensors) if "qweight" in key],
-        "the checkpoint has no quantized layer",
+        says("no quantized layer"),
     ),
 }
 
@@ -530,12 +530,12 @@ def test_a_missing_or_wrong_bias(tmp_path):
     save_gptq(quantized(tiny_gpt2), tmp_path / "out")
     whole = load_file(tmp_path / "out" / "model.safetensors")
     for change, message in (
-        (missing("transformer.h.0.mlp.c_fc.bias"), "c_fc.bias is missing"),
+        (missing("transformer.h.0.mlp.c_fc.bias"), says("c_fc.bias")),
         (
             lambda tensors, own: tensors.update({"transformer.h.0.mlp.c_fc.bias": torch.ones(3)}),
-            r"c_fc.bias is float32 \[3\], not .* \[256\]",
+            says("c_fc.bias", "[3]", "[256]"),
         ),
-        (put("lm_head.weight", 5), "differ, but the model ties them"),
+        (put("lm_head.weight", 5), says("lm_head.weight")),
     ):
         rewrite(tmp_path / "out", change)
         with pytest.raises(ValueError, match=message):
@@ -557,8 +557,8 @@ def test_a_head_of_its_own_is_not_lost_to_a_config_that_ties_it(tmp_path):
 def test_truncated_files_and_other_folders(saved, tmp_path):
     _, folder = saved
     for name, message in (
-        ("model.safetensors", "cannot be read"),
-        ("config.json", "cannot be read|no JSON object"),
+        ("model.safetensors", says("read")),
+        ("config.json", says("config.json")),
     ):
         raw = (folder / name).read_bytes()
         for length in (0, 5, len(raw) // 2, len(raw) - 5):
@@ -569,17 +569,17 @@ def test_truncated_files_and_other_folders(saved, tmp_path):
     with pytest.raises(FileNotFoundError):
         load_gptq(tmp_path / "nowhere")
     tiny_llama().save_pretrained(tmp_path / "plain")
-    with pytest.raises(ValueError, match="no quantization_config: not a quantized checkpoint"):
+    with pytest.raises(ValueError, match=says("quantization_config")):
         load_gptq(tmp_path / "plain")
 
 
 def test_pickles_are_not_read(saved):
     _, folder = saved
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin, which may hold a program"):
+    with pytest.raises(ValueError, match=says("pytorch_model.bin")):
         load_gptq(folder)
     (folder / "pytorch_model.bin").unlink()
-    with pytest.raises(ValueError, match="found none"):
+    with pytest.raises(ValueError, match=says("safetensors")):
         load_gptq(folder)
 
 
@@ -587,10 +587,14 @@ def test_an_index_that_is_damaged(saved):
     _, folder = saved
     index = folder / "model.safetensors.index.json"
     for content, error, message in (
-        ({"weight_map": ["model.safetensors"]}, ValueError, "has no weight_map"),
-        ({"weight_map": {"a": 3}}, ValueError, "has no weight_map"),
-        ({}, ValueError, "has no weight_map"),
-        ({"weight_map": {"a": "model.safetensors"}}, ValueError, "a stands in .* but in no file"),
+        ({"weight_map": ["model.safetensors"]}, ValueError, says("weight_map")),
+        ({"weight_map": {"a": 3}}, ValueError, says("weight_map")),
+        ({}, ValueError, says("weight_map")),
+        (
+            {"weight_map": {"a": "model.safetensors"}},
+            ValueError,
+            says("a", "model.safetensors.index.json"),
+        ),
         ({"weight_map": {"a": "../../etc/passwd"}}, FileNotFoundError, "passwd"),
     ):
         index.write_text(json.dumps(content))
@@ -659,7 +663,7 @@ def test_gptqmodel_borrows_for_a_zero_point_of_0(bits):
     own = settings(bits, 32, "gptq") | {"meta": {"quantizer": ["gptqmodel:7.4.0"]}}
     assert torch.equal(from_gptq(tensors, weight.shape, own).zero_point, weight.zero_point)
     for maker in (["optimum:2.3.0"], None, "chapter13:0.1.0"):
-        with pytest.raises(ValueError, match="cannot tell apart"):
+        with pytest.raises(ValueError, match=says("zero points")):
             from_gptq(tensors, weight.shape, own | {"meta": {"quantizer": maker}})
 
 
@@ -763,9 +767,9 @@ def test_our_logits_of_autogptqs_checkpoints(base, tmp_path):
     for name in list(options)[:4]:
         compare(run(load_gptq(tmp_path / name)), load_file(tmp_path / f"{name}.out")["logits"])
     # rows without a negative weight: its own -1 spills over the zero points beside it
-    with pytest.raises(ValueError, match=r"up_proj\.qzeros hold .* cannot tell apart"):
+    with pytest.raises(ValueError, match=says("up_proj.qzeros", "zero points")):
         load_gptq(tmp_path / "asymmetric")
-    with pytest.raises(ValueError, match=r"g_idx puts the inputs into groups out of their order"):
+    with pytest.raises(ValueError, match=says("g_idx", "groups")):
         load_gptq(tmp_path / "act-order")
 
 

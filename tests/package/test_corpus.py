@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from tiny import says
 
 from chapter13 import corpus, models
 from chapter13.fetch import wiki
@@ -114,7 +115,7 @@ def test_lots_stay_what_they_are():
 
 
 def test_unknown_lot():
-    with pytest.raises(ValueError, match="'test'.*evaluation, validation, calibration"):
+    with pytest.raises(ValueError, match=says("'test'", "evaluation", "validation", "calibration")):
         corpus.articles("test")
 
 
@@ -175,7 +176,7 @@ def test_encyclopedia_tokens_are_of_their_lot(tokenizer, encoded, split):
 
 
 def test_encyclopedia_tokens_of_no_lot(tokenizer):
-    with pytest.raises(ValueError, match="no split 'news'"):
+    with pytest.raises(ValueError, match=says("'news'")):
         corpus.encyclopedia_tokens(tokenizer, 1, 256, "news")
 
 
@@ -198,13 +199,13 @@ def test_calibration_sequences_do_not_overlap(tokenizer):
 @pytest.mark.slow
 def test_more_than_there_is(tokenizer, draw, count):
     assert draw(tokenizer, count, 512).unique(dim=0).shape == (count, 512)
-    with pytest.raises(ValueError, match=rf"{count + 1} sequences of 512 .* has {count}$"):
+    with pytest.raises(ValueError, match=says(count + 1, 512, count)):
         draw(tokenizer, count + 1, 512)
 
 
 @pytest.mark.parametrize(("sequences", "length"), [(0, 10), (-1, 10), (1, 1), (1, 0)])
 def test_less_than_one(tokenizer, sequences, length):
-    with pytest.raises(ValueError, match=f"{sequences} sequences of {length} tokens"):
+    with pytest.raises(ValueError, match=says(f"{sequences} sequences", f"{length} tokens")):
         corpus.calibration_tokens(tokenizer, sequences, length)
 
 
@@ -224,25 +225,25 @@ def test_utf8_is_read_without_byte_order_mark_and_carriage_returns(tmp_path, enc
 @pytest.mark.parametrize(
     ("data", "seen", "advice"),
     [
-        (LINES.encode("utf-16"), "seems to be UTF-16", "iconv -f UTF-16 "),
-        (LINES.encode("utf-16-le"), "seems to be UTF-16LE", "iconv -f UTF-16LE "),
-        (LINES.encode("utf-16-be"), "seems to be UTF-16BE", "iconv -f UTF-16BE "),
-        (LINES.encode("utf-32"), "seems to be UTF-32", "iconv -f UTF-32 "),
-        (LINES.encode("latin-1"), "byte 2 is 0xf6", "iconv -f WINDOWS-1252 "),
-        (b"text\0text, and no more", "holds NUL bytes", "name a text file"),
-        (b"", "is empty", "name a file"),
-        (b"\xef\xbb\xbf \r\n", "is empty", "name a file"),
+        (LINES.encode("utf-16"), "UTF-16", "iconv -f UTF-16"),
+        (LINES.encode("utf-16-le"), "UTF-16LE", "iconv -f UTF-16LE"),
+        (LINES.encode("utf-16-be"), "UTF-16BE", "iconv -f UTF-16BE"),
+        (LINES.encode("utf-32"), "UTF-32", "iconv -f UTF-32"),
+        (LINES.encode("latin-1"), "byte 2", "iconv -f WINDOWS-1252"),
+        (b"text\0text, and no more", "NUL", "text file"),
+        (b"", "empty", "file"),
+        (b"\xef\xbb\xbf \r\n", "empty", "file"),
     ],
 )
 def test_what_is_not_utf8_text_is_refused_in_one_line(tmp_path, data, seen, advice):
     file = tmp_path / "own.txt"
     file.write_bytes(data)
-    with pytest.raises(ValueError, match=f"^{re.escape(str(file))} .*{seen}.*{advice}") as caught:
+    with pytest.raises(ValueError, match=says(file, seen, advice)) as caught:
         corpus.read_text(file)
     assert len(str(caught.value)) - len(str(file)) < 200
 
 
 @pytest.mark.parametrize("name", [".", "missing.txt"])
 def test_a_folder_or_a_missing_file_is_no_text(tmp_path, name):
-    with pytest.raises(OSError, match="name a text file"):
+    with pytest.raises(OSError, match=says(tmp_path / name, "text file")):
         corpus.read_text(tmp_path / name)

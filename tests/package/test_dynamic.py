@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from tiny import generator
+from tiny import generator, says
 from torch import nn
 
 from chapter13.dynamic import (
@@ -224,11 +224,11 @@ def test_values_beyond_the_range_are_clipped():
 
 def test_activations_that_are_not_finite_or_too_wide():
     for bad in (torch.nan, torch.inf):
-        with pytest.raises(ValueError, match="NaN and Inf have no code"):
+        with pytest.raises(ValueError, match=says("NaN", "Inf")):
             quantize_per_tensor(torch.tensor([[1.0, bad]]))
-    with pytest.raises(ValueError, match=r"expected \(..., 64\) inputs, not \(2, 3\)"):
+    with pytest.raises(ValueError, match=says("(..., 64)", "(2, 3)")):
         Int8Linear(spread(4, 64))(torch.ones(2, 3))
-    with pytest.raises(ValueError, match="out_features, in_features"):
+    with pytest.raises(ValueError, match=says("(out_features, in_features)", "(64,)")):
         Int8Linear(spread(64))
 
 
@@ -236,13 +236,13 @@ def test_whole_model_and_its_errors(chapter_model):
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     quantize_dynamic(model, "per_token", progress=False)
     assert [type(layer) for layer in model] == [Int8Linear, nn.ReLU, Int8Linear]
-    with pytest.raises(ValueError, match="quantized before"):
+    with pytest.raises(ValueError, match=says("quantized")):
         quantize_dynamic(model, progress=False)
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
     model[1].weight.data[0, 0] = torch.nan
     before = list(model)
-    with pytest.raises(ValueError, match="1 NaN or Inf"):
+    with pytest.raises(ValueError, match=says("1 NaN", "Inf")):
         quantize_dynamic(model, progress=False)
     assert list(model) == before
-    with pytest.raises(ValueError, match="must be one of per_tensor, per_token, not 'rows'"):
+    with pytest.raises(ValueError, match=says("per_tensor", "per_token", "'rows'")):
         quantize_dynamic(model, "rows", progress=False)

@@ -7,6 +7,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import says
 
 from chapter13 import gguf_blocks, gguf_file, models
 from chapter13.gguf_blocks import BlockTensor, plain, quantize
@@ -203,21 +204,26 @@ def test_plain_tensors():
 def test_plain_tensors_must_be_finite_in_float32(value):
     norm = random()[0].double()
     norm[7] = value
-    with pytest.raises(ValueError, match=r"holds 1 NaN or Inf among 96 .* at \[7\]"):
+    with pytest.raises(ValueError, match=says(1, "NaN", "Inf", 96, "[7]")):
         plain(norm)
 
 
 @pytest.mark.parametrize(
     ("weight", "kind", "error", "said"),
     [
-        (random(), "Q4_K", ValueError, "kind must be one of Q8_0, Q4_0, Q4_1, MXFP4, not 'Q4_K'"),
-        (random(columns=33), "Q4_0", ValueError, r"multiple of it, not shape \(64, 33\)"),
-        (torch.tensor(1.0), "Q4_0", ValueError, r"blocks of 32 in a row.*not shape \(\)"),
-        (torch.ones(4, 0), "Q4_0", ValueError, "empty"),
-        (torch.ones(4, 32, dtype=torch.int8), "Q4_0", TypeError, "floating point, not torch.int8"),
-        ([1.0] * 32, "Q4_0", TypeError, "must be a torch.Tensor"),
-        (torch.full((2, 32), torch.nan), "MXFP4", ValueError, "64 NaN or Inf among 64"),
-        (torch.full((2, 32), torch.inf), "Q8_0", ValueError, "64 NaN or Inf among 64"),
+        (random(), "Q4_K", ValueError, says("Q8_0", "Q4_0", "Q4_1", "MXFP4", "'Q4_K'")),
+        (random(columns=33), "Q4_0", ValueError, says("(64, 33)")),
+        (torch.tensor(1.0), "Q4_0", ValueError, says(32, "()")),
+        (torch.ones(4, 0), "Q4_0", ValueError, says("empty")),
+        (
+            torch.ones(4, 32, dtype=torch.int8),
+            "Q4_0",
+            TypeError,
+            says("floating point", "torch.int8"),
+        ),
+        ([1.0] * 32, "Q4_0", TypeError, says("torch.Tensor")),
+        (torch.full((2, 32), torch.nan), "MXFP4", ValueError, says("64 NaN", "Inf")),
+        (torch.full((2, 32), torch.inf), "Q8_0", ValueError, says("64 NaN", "Inf")),
     ],
 )
 def test_what_cannot_be_quantized(weight, kind, error, said):
@@ -229,7 +235,7 @@ def test_a_nan_is_found_wherever_it_is():
     weight = random(640, 1600)
     weight[600, 1500] = torch.nan
     for kind in KINDS:
-        with pytest.raises(ValueError, match=r"1 NaN or Inf among 1024000.*nan at \[600, 1500\]"):
+        with pytest.raises(ValueError, match=says(1, 1024000, "nan", "[600, 1500]")):
             quantize(weight, kind)
 
 
@@ -238,7 +244,7 @@ def test_a_scale_beyond_float16_is_an_error(kind, largest):
     """65520 is the first number that rounds to Inf; gguf stores that Inf."""
     weight = random(3, 64)
     weight[1, 40] = -65536.0 * largest
-    with pytest.raises(ValueError, match="beyond float16.*65504"):
+    with pytest.raises(ValueError, match=says("float16", 65504)):
         quantize(weight, kind)
     with quiet():
         theirs = gguf.quants.dequantize(reference(weight, kind), Kind[kind])
@@ -250,7 +256,7 @@ def test_a_scale_beyond_float16_is_an_error(kind, largest):
 def test_a_kind_that_is_not_decoded_says_so():
     tensor = BlockTensor("Q5_K", torch.Size([1, 256]), torch.zeros(1, 176, dtype=torch.uint8))
     for use in (tensor.dequantize, tensor.codes, lambda: tensor.scale):
-        with pytest.raises(ValueError, match="Q5_K is not decoded here; these are: .*Q4_K, Q6_K"):
+        with pytest.raises(ValueError, match=says("Q5_K", "Q4_K", "Q6_K")):
             use()
 
 
@@ -291,6 +297,7 @@ def test_metadata_equal_gguf_s_reader(files):
         assert type(value) is type(fields[name]), name
 
 
+@pytest.mark.slow
 def test_tensors_equal_gguf_s_reader(files):
     ours, theirs = files
     assert list(ours.tensors) == [tensor.name for tensor in theirs.tensors]

@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from tiny import says
 
 from chapter13 import gguf_blocks, gguf_file
 from chapter13.gguf_blocks import BlockTensor, plain, quantize, read
@@ -52,68 +53,70 @@ def test_the_file_that_the_lies_are_told_about_is_sound():
 
 U32, U64 = struct.Struct("<I").pack, struct.Struct("<Q").pack
 LIES = {
-    "empty": (b"", 0, "the word GGUF takes 4 bytes, but the file has 0 more"),
-    "another file": (b"PK\3\4" + bytes(40), 0, r"no GGUF file: it begins with b'PK\\x03\\x04'"),
-    "version 1": (header(version=1), 4, "has version 1; versions 2 and 3"),
-    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), 4, "is big-endian"),
-    "a short head": (SOUND[:12], 8, "number of tensors takes 8 bytes, but the file has 4 more"),
-    "tensors": (header(2**64 - 1) + SOUND[24:], 8, r"\d{21} bytes, but the file has 144 more"),
-    "some tensors": (header(10) + SOUND[24:], 8, "10 tensors take at least 320 bytes"),
-    "keys": (header(1, 2**60) + SOUND[24:], 16, "keys take at least"),
+    "empty": (b"", 0, "4 bytes", 0),
+    "another file": (b"PK\3\4" + bytes(40), 0, r"b'PK\x03\x04'"),
+    "version 1": (header(version=1), 4, "version 1", 2, 3),
+    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), 4, "big-endian"),
+    "a short head": (SOUND[:12], 8, "number of tensors", "8 bytes", 4),
+    "tensors": (header(2**64 - 1) + SOUND[24:], 8, 32 * (2**64 - 1), 144),
+    "some tensors": (header(10) + SOUND[24:], 8, "10 tensors", "320 bytes"),
+    "keys": (header(1, 2**60) + SOUND[24:], 16, "keys", 2**60),
     "length of a key": (
-        header(0, 1) + U64(2**63) + bytes(20), 24, "9223372036854775808 bytes of a key",
+        header(0, 1) + U64(2**63) + bytes(20), 24, "key", 2**63,
     ),
     "a key twice": (
-        header(0, 2) + key("a", 4, U32(1)) + key("a", 4, U32(2)), 41, "'a' occurs twice",
+        header(0, 2) + key("a", 4, U32(1)) + key("a", 4, U32(2)), 41, "'a'", "twice",
     ),
-    "a key in no UTF-8": (header(0, 1) + U64(2) + b"a\xff" + bytes(9), 33, "a key is not UTF-8"),
-    "type of a value": (header(0, 1) + key("a", 13, U64(0)), 37, "'a' has type 13; known are"),
-    "a value cut off": (header(0, 1) + key("a", 10, bytes(3)), 37, "'a' takes 8 bytes"),
-    "length of a text": (header(0, 1) + key("a", 8, U64(5) + b"four"), 37, "5 bytes of the text"),
+    "a key in no UTF-8": (header(0, 1) + U64(2) + b"a\xff" + bytes(9), 33, "key", "UTF-8"),
+    "type of a value": (header(0, 1) + key("a", 13, U64(0)), 37, "'a'", "type 13"),
+    "a value cut off": (header(0, 1) + key("a", 10, bytes(3)), 37, "'a'", "8 bytes"),
+    "length of a text": (header(0, 1) + key("a", 8, U64(5) + b"four"), 37, "5 bytes", "text"),
     "an array in an array": (
-        header(0, 1) + key("a", 9, U32(9) + U64(1) + bytes(12)), 49, "no array inside an array",
+        header(0, 1) + key("a", 9, U32(9) + U64(1) + bytes(12)), 49, "array",
     ),
     "length of an array": (
-        header(0, 1) + key("a", 9, U32(10) + U64(2**61) + bytes(8)), 41, "elements of 'a' take",
+        header(0, 1) + key("a", 9, U32(10) + U64(2**61) + bytes(8)), 41, "'a'", 2**61,
     ),
     "texts of an array": (
-        header(0, 1) + key("a", 9, U32(8) + U64(2) + text("") + bytes(7)), 41, "at least 16 bytes",
+        header(0, 1) + key("a", 9, U32(8) + U64(2) + text("") + bytes(7)), 41, "16 bytes",
     ),
-    "alignment 0": (padded(header(1, 1) + key(ALIGN, 4, U32(0)) + tensor()), 57, "alignment is 0"),
-    "alignment 48": (padded(header(1, 1) + key(ALIGN, 4, U32(48)) + tensor()), 57, "power of two"),
+    "alignment 0": (padded(header(1, 1) + key(ALIGN, 4, U32(0)) + tensor()), 57, "alignment", 0),
+    "alignment 48": (
+        padded(header(1, 1) + key(ALIGN, 4, U32(48)) + tensor()), 57, 48, "power of two",
+    ),
     "alignment as text": (
-        padded(header(1, 1) + key(ALIGN, 8, text("32")) + tensor()), 63, "must be a uint32",
+        padded(header(1, 1) + key(ALIGN, 8, text("32")) + tensor()), 63, "alignment", "uint32",
     ),
     "alignment beyond the end": (
-        padded(header(1, 1) + key(ALIGN, 4, U32(2**31)) + tensor()), 90, "ends at byte 2147483684",
+        padded(header(1, 1) + key(ALIGN, 4, U32(2**31)) + tensor()), 90, 2147483684,
     ),
-    "a tensor twice": (padded(header(2) + tensor() + tensor(offset=64)), 65, "'w' occurs twice"),
-    "no dimension": (padded(header() + tensor(shape=())), 33, "'w' has 0 dimensions; 1 to 4"),
-    "many dimensions": (padded(header() + tensor(shape=(1,) * 5)), 33, "'w' has 5 dimensions"),
+    "a tensor twice": (padded(header(2) + tensor() + tensor(offset=64)), 65, "'w'", "twice"),
+    "no dimension": (padded(header() + tensor(shape=())), 33, "'w'", "0 dimensions", "1 to 4"),
+    "many dimensions": (padded(header() + tensor(shape=(1,) * 5)), 33, "'w'", "5 dimensions"),
     "2**32 dimensions": (
-        header() + text("w") + U32(2**32 - 1) + bytes(99), 33, "'w' has 4294967295 dimensions",
+        header() + text("w") + U32(2**32 - 1) + bytes(99), 33, "'w'", 4294967295,
     ),
-    "an empty tensor": (padded(header() + tensor(shape=(32, 0))), 37, r"shape \(0, 32\).*empty"),
-    "type of a tensor": (padded(header() + tensor(kind=4)), 53, "'w' has type 4, which is not"),
-    "rows without blocks": (padded(header() + tensor(shape=(33, 2))), 53, "rows of 33, but Q4_0"),
-    "a huge tensor": (padded(header() + tensor(shape=(2**63, 2**63))), 57, "but the file has 160"),
-    "offset beyond the end": (padded(header() + tensor(offset=64)), 57, "ends at byte 196, but"),
-    "a huge offset": (padded(header() + tensor(offset=2**64 - 32)), 57, "the file has 160 bytes"),
-    "offset between": (padded(header() + tensor(offset=8)), 57, "begins at 8, no multiple of 32"),
+    "an empty tensor": (padded(header() + tensor(shape=(32, 0))), 37, "(0, 32)", "empty"),
+    "type of a tensor": (padded(header() + tensor(kind=4)), 53, "'w'", "type 4"),
+    "rows without blocks": (padded(header() + tensor(shape=(33, 2))), 53, 33, "Q4_0"),
+    "a huge tensor": (padded(header() + tensor(shape=(2**63, 2**63))), 57, 160),
+    "offset beyond the end": (padded(header() + tensor(offset=64)), 57, 196),
+    "a huge offset": (padded(header() + tensor(offset=2**64 - 32)), 57, "160 bytes"),
+    "offset between": (padded(header() + tensor(offset=8)), 57, 8, 32),
     "one on another": (
-        padded(header(2) + tensor() + tensor("v", offset=32), bytes(96)), 98, "'v' overlaps",
+        padded(header(2) + tensor() + tensor("v", offset=32), bytes(96)), 98, "'v'", "overlaps",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LIES)
 def test_each_lie_is_named_with_its_byte(name, tmp_path):
-    data, byte, said = LIES[name]
-    with pytest.raises(ValueError, match=f"^byte {byte}: .*{said}"):
+    data, byte, *facts = LIES[name]
+    with pytest.raises(ValueError, match=rf"^(?=byte {byte}: ){says(*facts)}"):
         parse(memoryview(data))
     path = tmp_path / "lie.gguf"
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=rf"lie\.gguf is not a sound GGUF file: byte {byte}: "):
+    with pytest.raises(ValueError, match=says("lie.gguf", f"byte {byte}")):
         read(path)
 
 
@@ -311,16 +314,16 @@ def test_writing_to_a_tensor_does_not_reach_the_file(tmp_path):
 
 @pytest.mark.parametrize("value", [3, 0.5, None, b"bytes", [1, 2], ["a", 1], np.array(["a"])])
 def test_values_whose_type_is_not_clear_are_refused(tmp_path, value):
-    with pytest.raises(TypeError, match="'key' cannot be written: a value must be"):
+    with pytest.raises(TypeError, match=says("'key'")):
         write(tmp_path / "new.gguf", {"key": value}, {})
     assert not list(tmp_path.iterdir())
 
 
 def test_a_tensor_that_does_not_fit_its_shape_is_refused(tmp_path):
     wrong = BlockTensor("Q4_0", torch.Size([2, 32]), torch.zeros(1, 18, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"'w', Q4_0 of shape \(2, 32\), takes 36 bytes, not 18"):
+    with pytest.raises(ValueError, match=says("'w'", "Q4_0", "(2, 32)", 36, 18)):
         write(tmp_path / "new.gguf", {}, {"w": wrong})
-    with pytest.raises(ValueError, match="general.alignment is 3"):
+    with pytest.raises(ValueError, match=says("general.alignment", 3)):
         write(tmp_path / "new.gguf", {ALIGN: np.uint32(3)}, {})
     assert not list(tmp_path.iterdir())
 
@@ -355,14 +358,16 @@ def test_a_part_of_a_split_file_is_not_read_as_the_whole(tmp_path):
 
     for number in range(3):
         path = split(np.uint16(number), np.uint16(3))
-        with pytest.raises(ValueError, match=rf"part\.gguf is part {number + 1} of 3 .*--merge"):
+        with pytest.raises(
+            ValueError, match=says("part.gguf", f"part {number + 1} of 3", "--merge")
+        ):
             read(path)
         with path.open("rb") as file:  # its bytes are sound
             assert len(parse(memoryview(file.read()))[1]) == len(tensors())
     for count in (0, 1):  # joined again, or never more than one
         assert list(read(split(np.uint16(0), np.uint16(count))).tensors) == list(tensors())
     for number, count in (("0", np.uint16(2)), (np.uint16(0), "2"), (np.uint16(0), np.ones(2))):
-        with pytest.raises(ValueError, match="not a sound GGUF file: split.no is .* be integers"):
+        with pytest.raises(ValueError, match=says("split.no", "integers")):
             read(split(number, count))
 
 
@@ -376,5 +381,5 @@ def test_a_part_that_the_gguf_library_wrote_is_recognized(tmp_path):
     writer.close()
     first, second = sorted(tmp_path.iterdir())
     for path, part in ((first, 1), (second, 2)):
-        with pytest.raises(ValueError, match=f"is part {part} of 2 of a split file"):
+        with pytest.raises(ValueError, match=says(f"part {part} of 2")):
             read(path)

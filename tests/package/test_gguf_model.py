@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from tiny import says
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -86,6 +87,7 @@ def test_every_weight_under_its_name(embedded, written):
         assert torch.equal(values, expected.dequantize()), name
 
 
+@pytest.mark.slow
 def test_metadata_is_that_of_the_other_file(written):
     ours, theirs = read(written).metadata, read(models.gguf_path()).metadata
     changed = {name for name in theirs if not np.array_equal(ours[name], theirs[name])}
@@ -334,26 +336,26 @@ def broken(name):
 
 
 FAULTS = {
-    "quantized": r"'model\.layers\.1\.mlp\.up_proj' is a QuantizedLinear without a weight",
-    "no head": r"no 'model\.embed_tokens\.weight': it must be a LlamaForCausalLM",
-    "wrapped": r"no 'model\.embed_tokens\.weight': it must be a LlamaForCausalLM, not wrapped",
-    "no config": "config.model_type is None: it must be 'llama'",
-    "a layer less": r"no 'model\.layers\.2\.self_attn\.q_proj\.weight'",
-    "a layer more": r"has 'model\.layers\.1\..*', but its config.num_hidden_layers is 1",
-    "shape": r"1\.mlp\.down_proj\.weight' has shape \(64, 128\): .* must be \(64, 96\)",
-    "heads": r"0\.self_attn\.k_proj\.weight' has shape \(32, 64\): .* must be \(64, 64\)",
-    "meta": r"1\.self_attn\.o_proj\.weight' is on the meta device, without values",
-    "int8": r"1\.mlp\.gate_proj\.weight' is torch.int8: it must be float32, float16",
-    "float8": r"1\.mlp\.gate_proj\.weight' is torch.float8_e4m3fn: it must be float32",
-    "subclass": r"1\.mlp\.gate_proj\.weight' is a Scaled: it must be a plain torch.Tensor",
-    "rows": r"0\.mlp\.down_proj\.weight' has rows of 100: they must be a multiple of 32",
-    "nan": r"1\.self_attn\.v_proj\.weight': the weight holds 1 NaN or Inf .* at \[3, 4\]",
-    "nan in a norm": r"'model\.norm\.weight': the weight holds 1 NaN or Inf .* at \[9\]",
-    "more": r"'score\.weight' is no weight of a Llama$",
-    "mlp bias": r"0\.mlp\..*\.bias' is no weight of a Llama: biases cannot be written",
-    "activation": "config.hidden_act is 'gelu': llama.cpp computes 'silu'",
-    "window": "config.sliding_window is 128: .* must be None",
-    "type": "config.model_type is 'mistral': it must be 'llama'",
+    "quantized": says("'model.layers.1.mlp.up_proj'", "QuantizedLinear"),
+    "no head": says("'model.embed_tokens.weight'", "LlamaForCausalLM"),
+    "wrapped": says("'model.embed_tokens.weight'", "LlamaForCausalLM"),
+    "no config": says("config.model_type", "None", "'llama'"),
+    "a layer less": says("'model.layers.2.self_attn.q_proj.weight'"),
+    "a layer more": says("'model.layers.1", "config.num_hidden_layers", 1),
+    "shape": says("1.mlp.down_proj.weight", "(64, 128)", "(64, 96)"),
+    "heads": says("0.self_attn.k_proj.weight", "(32, 64)", "(64, 64)"),
+    "meta": says("1.self_attn.o_proj.weight", "meta"),
+    "int8": says("1.mlp.gate_proj.weight", "torch.int8", "float32", "float16"),
+    "float8": says("1.mlp.gate_proj.weight", "torch.float8_e4m3fn", "float32"),
+    "subclass": says("1.mlp.gate_proj.weight", "Scaled", "torch.Tensor"),
+    "rows": says("0.mlp.down_proj.weight", 100, 32),
+    "nan": says("1.self_attn.v_proj.weight", "1 NaN", "Inf", "[3, 4]"),
+    "nan in a norm": says("'model.norm.weight'", "1 NaN", "Inf", "[9]"),
+    "more": says("'score.weight'", "Llama"),
+    "mlp bias": says("biases", "Llama"),
+    "activation": says("config.hidden_act", "'gelu'", "'silu'"),
+    "window": says("config.sliding_window", 128, "None"),
+    "type": says("config.model_type", "'mistral'", "'llama'"),
 }
 
 
@@ -370,9 +372,9 @@ def test_a_model_that_cannot_be_written_says_why(tmp_path, name):
 def test_other_kinds_and_other_weights_are_refused(tmp_path):
     model = tiny(attention_bias=True)
     like = like_file(tmp_path, model)
-    with pytest.raises(ValueError, match="kind must be one of Q4_0, Q4_1, Q8_0, not 'Q4_K'"):
+    with pytest.raises(ValueError, match=says("kind", "Q4_0", "Q4_1", "Q8_0", "'Q4_K'")):
         write_model(model, "Q4_K", tmp_path / "new.gguf", like)
-    with pytest.raises(ValueError, match=r"q_proj\.bias' is no weight of a Llama"):
+    with pytest.raises(ValueError, match=says("q_proj.bias", "Llama")):
         write_model(model, "Q8_0", tmp_path / "new.gguf", like)
     assert not (tmp_path / "new.gguf").exists()
 
@@ -385,9 +387,9 @@ def test_a_file_of_another_model_is_refused(tmp_path, key):
     model = tiny(rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     value = description(model)[key]
     value = "gpt2" if key == "general.architecture" else value + value.dtype.type(1)
-    refused(tmp_path, model, f"describes another model: {key} is {value!s}, the", **{key: value})
+    refused(tmp_path, model, says(key, value), **{key: value})
     if key != "llama.context_length":
-        refused(tmp_path, model, f"describes another model: {key} is missing, ", drop=[key])
+        refused(tmp_path, model, says(key, "missing"), drop=[key])
 
 
 TOKENS = [f"t{index}" for index in range(64)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import generator
+from tiny import generator, says
 
 from chapter13 import gptq, quantize_affine
 from chapter13.grids import CLIP_FRACTIONS, fit_grid
@@ -216,10 +216,10 @@ def test_nasty_weights(weight, clip_search, symmetric, act_order):
 
 def test_too_few_tokens_warn_with_the_rank():
     weight, inputs = layer()
-    with pytest.warns(UserWarning, match="30 calibration tokens span 30 of 48 dimensions"):
+    with pytest.warns(UserWarning, match=says("30 calibration tokens", "30 of 48")):
         H = gptq.hessian(inputs[:30])
     assert gptq.quantize(weight, H, 4, 8).dequantize().isfinite().all()
-    with pytest.raises(ValueError, match="rank 30 of 48 and cannot be inverted"):
+    with pytest.raises(ValueError, match=says("30 of 48", "damp")):
         gptq.quantize(weight, H, 4, 8, damp=0)
 
 
@@ -227,7 +227,7 @@ def test_the_rank_of_many_dimensions_is_not_computed(monkeypatch):
     _, inputs = layer()
     monkeypatch.setattr(gptq, "RANKED", 47)
     monkeypatch.setattr(torch.linalg, "matrix_rank", lambda *_, **__: pytest.fail("too slow"))
-    with pytest.warns(UserWarning, match="30 calibration tokens span 30 of 48 dimensions"):
+    with pytest.warns(UserWarning, match=says("30 calibration tokens", "30 of 48")):
         gptq.hessian(inputs[:30])
     gptq.hessian(inputs)
     gptq.hessian(inputs[:1].expand(200, -1))  # known to be all alike, but at what price
@@ -235,10 +235,10 @@ def test_the_rank_of_many_dimensions_is_not_computed(monkeypatch):
 
 def test_tokens_that_are_all_alike_warn_with_the_rank():
     _, inputs = layer()
-    with pytest.warns(UserWarning, match="200 calibration tokens span 1 of 48 dimensions"):
+    with pytest.warns(UserWarning, match=says("200 calibration tokens", "1 of 48")):
         gptq.hessian(inputs[:1].expand(200, -1))
     inputs[:, 24:] = inputs[:, :24]
-    with pytest.warns(UserWarning, match="span 24 of 48 dimensions"):
+    with pytest.warns(UserWarning, match=says("24 of 48")):
         gptq.hessian(inputs)
 
 
@@ -254,22 +254,34 @@ def test_massive_channels_are_no_reason_to_warn():
 @pytest.mark.parametrize(
     ("spoil", "error", "message"),
     [
-        ({"bits": 1}, ValueError, "bits must be a whole number from 2 to 8"),
-        ({"bits": 9}, ValueError, "bits must be a whole number from 2 to 8"),
-        ({"group_size": 7}, ValueError, "group size 7 does not divide in_features = 48"),
-        ({"group_size": None}, ValueError, "a scale per row at least"),
-        ({"group_size": 0}, ValueError, "positive int"),
-        ({"damp": -0.1}, ValueError, "damp must be 0 or more, not -0.1"),
-        ({"damp": float("nan")}, ValueError, "damp must be 0 or more, not nan"),
-        ({"weight": torch.ones(48)}, ValueError, "out_features, in_features"),
-        ({"weight": torch.ones(2, 48, dtype=torch.int8)}, TypeError, "floating point"),
-        ({"weight": torch.full((2, 48), float("nan"))}, ValueError, "96 NaN or Inf among 96"),
-        ({"weight": torch.ones(0, 48)}, ValueError, "empty"),
-        ({"hessian": torch.eye(47)}, ValueError, r"need a Hessian of shape \(48, 48\)"),
-        ({"hessian": torch.full((48, 48), float("inf"))}, ValueError, "Hessian holds NaN or Inf"),
-        ({"hessian": -torch.eye(48)}, ValueError, "cannot be inverted"),
-        ({"scale_dtype": torch.bfloat16}, ValueError, "scale_dtype must be"),
-        ({"weight": torch.full((2, 48), 1e7)}, ValueError, "cannot be held in float16"),
+        ({"bits": 1}, ValueError, says("bits", "2 to 8", 1)),
+        ({"bits": 9}, ValueError, says("bits", "2 to 8", 9)),
+        ({"group_size": 7}, ValueError, says(7, "in_features", 48)),
+        ({"group_size": None}, ValueError, says("GPTQ", 'group_size="channel"')),
+        ({"group_size": 0}, ValueError, says("positive int", 0)),
+        ({"damp": -0.1}, ValueError, says("damp", 0, "-0.1")),
+        ({"damp": float("nan")}, ValueError, says("damp", 0, "nan")),
+        ({"weight": torch.ones(48)}, ValueError, says("(out_features, in_features)", "(48,)")),
+        (
+            {"weight": torch.ones(2, 48, dtype=torch.int8)},
+            TypeError,
+            says("floating point", "torch.int8"),
+        ),
+        ({"weight": torch.full((2, 48), float("nan"))}, ValueError, says("96 NaN", "Inf")),
+        ({"weight": torch.ones(0, 48)}, ValueError, says("empty", "(0, 48)")),
+        ({"hessian": torch.eye(47)}, ValueError, says("Hessian", "(48, 48)", "(47, 47)")),
+        (
+            {"hessian": torch.full((48, 48), float("inf"))},
+            ValueError,
+            says("Hessian", "NaN", "Inf"),
+        ),
+        ({"hessian": -torch.eye(48)}, ValueError, says("Hessian", "inverted")),
+        ({"scale_dtype": torch.bfloat16}, ValueError, says("scale_dtype", "torch.bfloat16")),
+        (
+            {"weight": torch.full((2, 48), 1e7)},
+            ValueError,
+            says("float16", "scale_dtype=torch.float32"),
+        ),
     ],
 )
 def test_bad_input_is_named(spoil, error, message):
@@ -282,11 +294,11 @@ def test_bad_input_is_named(spoil, error, message):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        (torch.ones(2, 3, 4), r"shape \(tokens, in_features\), not \(2, 3, 4\)"),
-        ([], "no calibration tokens"),
-        (torch.ones(0, 4), "no calibration tokens"),
-        (torch.full((9, 4), float("nan")), "NaN or Inf"),
-        (torch.full((9, 4), 1e30), "overflow when squared"),
+        (torch.ones(2, 3, 4), says("(tokens, in_features)", "(2, 3, 4)")),
+        ([], says("calibration tokens")),
+        (torch.ones(0, 4), says("calibration tokens")),
+        (torch.full((9, 4), float("nan")), says("NaN", "Inf")),
+        (torch.full((9, 4), 1e30), says("overflow")),
     ],
 )
 def test_bad_inputs_are_named(inputs, message):

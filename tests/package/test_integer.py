@@ -12,7 +12,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from tiny import generator
+from tiny import generator, says
 
 from chapter13 import (
     dequantize_absmax_int8,
@@ -142,8 +142,7 @@ def test_nan_and_inf(function, dtype):
     for value in (math.nan, math.inf, -math.inf):
         weight = torch.ones(3, 64, dtype=dtype)
         weight[1, 2] = weight[2, 0] = value
-        expected = rf"holds 2 NaN or Inf among 192 values; the first is {value} at \[1, 2\]"
-        with pytest.raises(ValueError, match=expected):
+        with pytest.raises(ValueError, match=says("2 NaN", "Inf", 192, value, "[1, 2]")):
             function(weight)
 
 
@@ -151,20 +150,18 @@ def test_nan_and_inf(function, dtype):
 def test_a_float64_beyond_float32_is_reported(function):
     weight = torch.ones(2, 64, dtype=torch.float64)
     weight[0, 1] = 1e300
-    with pytest.raises(
-        ValueError, match=r"^the weight holds 1 NaN or Inf among 128 .* at \[0, 1\]$"
-    ):
+    with pytest.raises(ValueError, match=says("1 NaN", "Inf", 128, "[0, 1]")):
         function(weight)
 
 
 @pytest.mark.parametrize("function", CHAPTER + QUANTIZERS)
 def test_what_is_no_weight(function):
-    with pytest.raises(TypeError, match="must be floating point, not torch.int8: cast it first"):
+    with pytest.raises(TypeError, match=says("floating point", "torch.int8")):
         function(torch.ones(2, 64, dtype=torch.int8))
-    with pytest.raises(TypeError, match="must be a torch.Tensor, not list"):
+    with pytest.raises(TypeError, match=says("torch.Tensor", "list")):
         function([[1.0] * 64])
     for shape in ((0, 64), (0,), (2, 0)):
-        with pytest.raises(ValueError, match=r"is empty: its shape is \("):
+        with pytest.raises(ValueError, match=says("empty", shape)):
             function(torch.ones(shape))
 
 
@@ -179,7 +176,7 @@ def test_what_is_no_weight(function):
 )
 @pytest.mark.parametrize("shape", [(64,), (2, 2, 64), ()])
 def test_rows_need_a_matrix(call, shape):
-    with pytest.raises(ValueError, match=r"of shape \(out_features, in_features\), not \("):
+    with pytest.raises(ValueError, match=says("(out_features, in_features)", shape)):
         call(torch.ones(shape))
 
 
@@ -198,25 +195,22 @@ def test_any_shape_per_tensor(function, shape):
 @pytest.mark.parametrize("call", [quantize_groupwise, lambda w, g: quantize_absmax(w, 4, g)])
 def test_group_size_that_does_not_fit(call):
     weight = torch.ones(2, 12)
-    expected = "group size 5 does not divide in_features = 12; these do: 2, 3, 4, 6, 12"
-    with pytest.raises(ValueError, match=expected):
+    with pytest.raises(ValueError, match=says(5, "in_features", 12, "2, 3, 4, 6, 12")):
         call(weight, 5)
-    with pytest.raises(ValueError, match="24 does not divide in_features = 12"):
+    with pytest.raises(ValueError, match=says(24, "in_features", 12)):
         call(weight, 24)
     for wrong in (0, -4, 2.0, "row", True):
-        with pytest.raises(ValueError, match='None, "channel" .* or a positive int, not'):
+        with pytest.raises(ValueError, match=says('None, "channel"', "positive int", repr(wrong))):
             call(weight, wrong)
 
 
 @pytest.mark.parametrize("quantize", QUANTIZERS)
 def test_bits_and_scale_dtype_out_of_range(quantize):
     for bits in (1, 9, 0, -8, 4.5, "8", True, None):
-        with pytest.raises(ValueError, match="whole number from 2 to 8, not"):
+        with pytest.raises(ValueError, match=says("bits", "2 to 8", repr(bits))):
             quantize(torch.ones(2, 4), bits)
     for dtype in (torch.float64, torch.bfloat16, torch.int8):
-        with pytest.raises(
-            ValueError, match="^scale_dtype must be torch.float32 or torch.float16,"
-        ):
+        with pytest.raises(ValueError, match=says("scale_dtype", "torch.float32", "torch.float16")):
             quantize(torch.ones(2, 4), scale_dtype=dtype)
 
 
@@ -392,11 +386,7 @@ def test_the_input_is_left_alone():
 def test_scale_beyond_float16(quantize):
     weight = torch.ones(2, 8)
     weight[1] = 1e8
-    expected = (
-        r"^1 of 2 scales, the first \d.\d\de\+05, cannot be held in float16, which ends at 65504: "
-        "use scale_dtype=torch.float32, or method nf4 or fp4"
-    )
-    with pytest.raises(ValueError, match=expected):
+    with pytest.raises(ValueError, match=says("1 of 2", 65504, "scale_dtype=torch.float32", "nf4")):
         quantize(weight, 8, "channel")
     weight[1] = 1e-7
     quantized = quantize(weight, 8, "channel", torch.float32)
@@ -527,7 +517,7 @@ def test_the_largest_float32_does_not_become_inf(bits):
         torch.tensor([[0, 2**bits - 1]] * 2, dtype=torch.uint8),
     )
     for low in (-largest, -largest / 2):  # range beyond float32; and the last step only
-        with pytest.raises(ValueError, match=r"to 3.4e\+38 need a grid that ends beyond float32"):
+        with pytest.raises(ValueError, match=says("3.4e+38", "float32")):
             quantize_affine(torch.tensor([[low, largest]]), bits, "channel", torch.float32)
 
 
@@ -712,29 +702,41 @@ def parts_of(kind):
 
 
 ILLEGAL = {
-    "a kind": ("absmax", {"kind": "e2m1"}, "kind must be one of absmax, affine, nf4, fp4"),
-    "bits": ("absmax", {"bits": 9}, "bits must be a whole number from 2 to 8"),
-    "a table's bits": ("nf4", {"bits": 3}, "nf4 is a table of 16 values"),
-    "few bytes": ("absmax", {"shape": torch.Size((4, 80))}, r"packed is uint8 \[96\], not uint8"),
-    "signed bytes": ("absmax", {"packed": torch.zeros(96, dtype=torch.int8)}, "packed is int8"),
-    "no bytes": ("absmax", {"packed": None}, "packed is missing"),
-    "no shape": ("absmax", {"shape": (4, 64)}, "shape must be a torch.Size"),
-    "groups": ("absmax", {"group_size": 48}, "group size 48 does not divide in_features = 64"),
-    "group of 0": ("affine", {"group_size": 0}, "group_size must be None"),
-    "a block": ("nf4", {"group_size": "channel"}, "nf4 has blocks of a positive number"),
-    "another block": ("nf4", {"group_size": 64}, r"scale is float32 \[6\], not float32 \[4\]"),
+    "a kind": ("absmax", {"kind": "e2m1"}, says("kind", "absmax", "affine", "nf4", "fp4")),
+    "bits": ("absmax", {"bits": 9}, says("bits", "2 to 8", 9)),
+    "a table's bits": ("nf4", {"bits": 3}, says("nf4", 16, "2**3")),
+    "few bytes": ("absmax", {"shape": torch.Size((4, 80))}, says("packed", "[96]", "[120]")),
+    "signed bytes": (
+        "absmax",
+        {"packed": torch.zeros(96, dtype=torch.int8)},
+        says("packed", "int8", "uint8"),
+    ),
+    "no bytes": ("absmax", {"packed": None}, says("packed")),
+    "no shape": ("absmax", {"shape": (4, 64)}, says("shape", "torch.Size")),
+    "groups": ("absmax", {"group_size": 48}, says(48, "in_features", 64)),
+    "group of 0": ("affine", {"group_size": 0}, says("group_size", "None", 0)),
+    "a block": ("nf4", {"group_size": "channel"}, says("nf4", "'channel'")),
+    "another block": ("nf4", {"group_size": 64}, says("scale", "[6]", "[4]")),
     "scales": (
         "absmax",
         {"group_size": "channel"},
-        r"scale is float16 \[4, 4, 1\], not float16 or",
+        says("scale", "[4, 4, 1]"),
     ),
-    "wide scales": ("absmax", {"stored_scale": torch.ones(4, 4, 1).double()}, "scale is float64"),
-    "half a table": ("nf4", {"stored_scale": torch.ones(6).half()}, "scale is float16"),
-    "no zero point": ("affine", {"packed_zero_point": None}, "zero_point is missing"),
-    "zero points": ("absmax", {"packed_zero_point": torch.zeros(6).byte()}, "has no zero points"),
-    "an offset": ("nf4", {"scale_offset": torch.tensor(1.0)}, "scale_offset belongs to"),
-    "no offset": ("twice", {"scale_offset": None}, "scale_offset is missing"),
-    "nested": ("twice", {"kind": "absmax"}, "absmax of shape .* cannot have the scales"),
+    "wide scales": (
+        "absmax",
+        {"stored_scale": torch.ones(4, 4, 1).double()},
+        says("scale", "float64"),
+    ),
+    "half a table": ("nf4", {"stored_scale": torch.ones(6).half()}, says("scale", "float16")),
+    "no zero point": ("affine", {"packed_zero_point": None}, says("zero_point")),
+    "zero points": (
+        "absmax",
+        {"packed_zero_point": torch.zeros(6).byte()},
+        says("absmax", "zero points"),
+    ),
+    "an offset": ("nf4", {"scale_offset": torch.tensor(1.0)}, says("scale_offset")),
+    "no offset": ("twice", {"scale_offset": None}, says("scale_offset")),
+    "nested": ("twice", {"kind": "absmax"}, says("absmax", "scales")),
 }
 
 
@@ -756,7 +758,7 @@ def test_damaged_plans_are_refused(kind):
             QuantizedTensor.from_parts(damaged, tensor.parts)
     for name in tensor.parts:
         rest = {key: part for key, part in tensor.parts.items() if key != name}
-        with pytest.raises(ValueError, match="is missing"):
+        with pytest.raises(ValueError, match=rf"{name.removeprefix('scale_')}\b"):
             QuantizedTensor.from_parts(plan, rest)
 
 
@@ -780,9 +782,9 @@ def test_split_is_quantizing_the_rows_alone(quantize, columns, group_size, bits)
 def test_what_cannot_be_split():
     weight = torch.randn(4, 64, generator=generator())
     for tensor in (quantize_absmax(weight), quantize_codebook(weight)):
-        with pytest.raises(ValueError, match="cannot be split"):
+        with pytest.raises(ValueError, match=says("split")):
             tensor.split([2, 2])
-    with pytest.raises(ValueError, match=r"heights \[2, 1\] do not add up to 4 rows"):
+    with pytest.raises(ValueError, match=says("[2, 1]", "4 rows")):
         quantize_absmax(weight, 8, "channel").split([2, 1])
 
 
@@ -792,5 +794,5 @@ def test_minus_one_is_per_channel(quantize):
     ours, theirs = quantize(weight, 4, "channel"), quantize(weight, 4, -1)
     assert theirs.group_size == "channel"
     assert torch.equal(ours.packed, theirs.packed)
-    with pytest.raises(ValueError, match="not -2"):
+    with pytest.raises(ValueError, match=says("-2")):
         quantize(weight, 4, -2)

@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
-from tiny import TOKENS, sharded, tiny_gpt2, tiny_llama
+from tiny import TOKENS, says, sharded, tiny_gpt2, tiny_llama
 
 from chapter13 import __main__ as command
 from chapter13 import corpus, evaluate, folders, models, quantize_model, summary
@@ -27,7 +27,7 @@ from chapter13.whole_model.linear import QuantizedLinear
 from tools import bench_large, markdown
 
 # the few words of the test's tokenizer make poor calibration text, which is said
-pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens span")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*calibration tokens span")]
 FEW = ["--calibration-sequences", "6", "--calibration-length", "32"]
 MAKES = {"llama": tiny_llama, "gpt2": tiny_gpt2}
 
@@ -93,7 +93,6 @@ def weights(model):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )  # fmt: skip
-@pytest.mark.slow
 def test_it_writes_what_the_package_computes(model, method, more, options, tmp_path, capsys):
     """From mapped bfloat16 files, block by block, the weights that float32 in memory gives.
 
@@ -147,7 +146,6 @@ def test_text_of_ones_own(llama, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["affine", "nf4"])
-@pytest.mark.slow
 def test_evaluate(llama, method, tmp_path, capsys):
     assert quantize(llama, tmp_path / "out", method) == 0
     size = ["--sequences", "3", "--length", "16"]
@@ -225,39 +223,41 @@ def test_the_embedded_tokens_are_the_tables():
     assert torch.equal(command._embedded_tokens(2), own_tokens(models.EMBEDDED, 2, 512))
 
 
-NEVER = [  # (what is wrong, words of the message); told before the model is looked at
-    (["--method", "gtpq"], "invalid choice: 'gtpq'"),
-    ([], "required: --method"),
-    (["--method", "absmax", "--bits", "5"], "must be one of 2, 3, 4, 8"),
-    (["--method", "absmax", "--bits", "four"], "a positive number, not 'four'"),
-    (["--method", "nf4", "--bits", "3"], "nf4 is a table of 16 values"),
-    (["--method", "nf4", "--group-size", "channel"], "give --group-size a number"),
-    (["--method", "absmax", "--group-size", "0"], 'a positive number or "channel"'),
-    (["--method", "absmax", "--group-size", "-1"], '"channel", which is -1 in other programs'),
-    (["--method", "absmax", "--group-size=-1"], '"channel", which is -1 in other programs'),
-    (["--method", "absmax", "--double-quant"], "--double-quant belongs to nf4, fp4, not to absmax"),
-    (["--method", "nf4", "--no-act-order"], "--no-act-order belongs to gptq, not to nf4"),
-    (["--method", "fp4", "--format", "gptq"], "--format belongs to"),
-    (["--method", "affine", "--calibration-file", "x"], "--calibration-file belongs to gptq"),
-    (["--method", "gptq", "--damp", "-1"], "a number of 0 or more, not '-1'"),
-    (["--method", "gptq", "--damp", "nan"], "a number of 0 or more, not 'nan'"),
-    (["--method", "gptq", "--device", "gpu"], "a device is called cpu, cuda or cuda:1, not 'gpu'"),
+NEVER = [  # (what is wrong, what the message names); told before the model is looked at
+    (["--method", "gtpq"], "--method", "'gtpq'"),
+    ([], "--method"),
+    (["--method", "absmax", "--bits", "5"], 5, "2, 3, 4, 8"),
+    (["--method", "absmax", "--bits", "four"], "--bits", "'four'"),
+    (["--method", "nf4", "--bits", "3"], "nf4", 4, 3),
+    (["--method", "nf4", "--group-size", "channel"], "nf4", "--group-size"),
+    (["--method", "absmax", "--group-size", "0"], '"channel"', "'0'"),
+    (["--method", "absmax", "--group-size", "-1"], '"channel"', "-1"),
+    (["--method", "absmax", "--group-size=-1"], '"channel"', "-1"),
+    (["--method", "absmax", "--double-quant"], "--double-quant", "nf4, fp4", "absmax"),
+    (["--method", "nf4", "--no-act-order"], "--no-act-order", "gptq", "nf4"),
+    (["--method", "fp4", "--format", "gptq"], "--format", "fp4"),
+    (["--method", "affine", "--calibration-file", "x"], "--calibration-file", "gptq", "affine"),
+    (["--method", "gptq", "--damp", "-1"], "--damp", "'-1'"),
+    (["--method", "gptq", "--damp", "nan"], "--damp", "'nan'"),
+    (["--method", "gptq", "--device", "gpu"], "cpu", "cuda", "'gpu'"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "words"), NEVER, ids=[words for _, words in NEVER])
-def test_wrong_options_are_named_at_once(arguments, words, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("case", NEVER, ids=lambda case: " ".join(case[0]) or "nothing")
+def test_wrong_options_are_named_at_once(case, tmp_path, capsys, monkeypatch):
+    arguments, *facts = case
     for function in "load", "skeleton":
         monkeypatch.setattr(models, function, lambda *_, **__: pytest.fail("work was begun"))
     with pytest.raises(SystemExit) as ended:
         run("quantize", "someone/something", tmp_path / "out", *arguments)
     assert ended.value.code == 2
-    assert words in capsys.readouterr().err
+    said = capsys.readouterr().err.rpartition("error: ")[2]
+    assert re.search(says(*facts), said), said
     assert not list(tmp_path.iterdir())
 
 
 def refused(capsys, *arguments):
-    """The one line of an expected error."""
+    """The one line of an expected error, in which `re.search` looks."""
     capsys.readouterr()
     assert run(*arguments) == 1
     line = capsys.readouterr().err
@@ -271,10 +271,9 @@ def test_what_does_not_fit_the_model_is_said_before_its_weights_are_read(
     monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("weights were read"))
     start = "quantize", llama, tmp_path / "out", "--method"
     line = refused(capsys, *start, "absmax", "--group-size", "64")
-    assert "group size 64 does not divide the rows of 2 layers" in line
-    assert "these fit all layers: 2, 4, 8, 16, 32" in line
+    assert re.search(says(64, "2 layers", "2, 4, 8, 16, 32"), line)
     line = refused(capsys, *start, "gptq", "--group-size", "32", "--calibration-length", "9999")
-    assert "sequences of 9999 tokens: this model takes 2048 at most" in line
+    assert re.search(says(9999, 2048), line)
     line = refused(capsys, *start, "gptq", "--calibration-file", tmp_path / "nothing")
     assert "nothing" in line
     assert not list(tmp_path.iterdir())
@@ -295,9 +294,9 @@ def test_other_models_that_it_does_not_take(tmp_path, capsys):
         start = "quantize", tmp_path / model, tmp_path / "out", "--method", "absmax"
         return refused(capsys, *start, "--group-size", "16")
 
-    assert "both sides must be multiples of 32" in line("odd")
-    assert "2 linear layers outside its blocks, first model.decoder.project" in line("opt")
-    assert "holds no model: it has no config.json" in line("empty")
+    assert re.search(says("gate_proj", 80, 32), line("odd"))
+    assert re.search(says(2, "model.decoder.project_out"), line("opt"))
+    assert re.search(says(tmp_path / "empty", "config.json"), line("empty"))
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -307,11 +306,12 @@ def test_out_must_be_new_and_the_model_not_quantized(llama, tmp_path, capsys):
     assert quantize(llama, out, "absmax") == 0
     before = content(out)
     start = ("--method", "absmax", "--group-size", "32")
-    assert "exists and is not empty" in refused(capsys, "quantize", llama, out, *start)
-    assert "is quantized already" in refused(capsys, "quantize", out, tmp_path / "b", *start)
+    assert re.search(says(out, "not empty"), refused(capsys, "quantize", llama, out, *start))
+    again = refused(capsys, "quantize", out, tmp_path / "b", *start)
+    assert re.search(says(out, "quantized"), again)
     file = tmp_path / "file"
     file.write_text("mine")
-    assert "exists and is not empty" in refused(capsys, "quantize", llama, file, *start)
+    assert re.search(says(file, "not empty"), refused(capsys, "quantize", llama, file, *start))
     assert file.read_text() == "mine"
     assert content(out) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out"]
@@ -341,17 +341,17 @@ def test_odd_places_for_out(llama, tmp_path, monkeypatch, capsys):
     assert content(here) == expected
     assert here.stat().st_ino == before.st_ino
     assert quantize(llama, here, "nf4") == 1
-    assert "is not empty" in capsys.readouterr().err
+    assert re.search(says(here, "not empty"), capsys.readouterr().err)
     assert not list(tmp_path.glob("*.unfinished"))
 
 
 def test_names_of_out_that_no_file_can_have(llama, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for out, words in ("", "not an empty name"), ("a\udcff", "is not UTF-8, which the files"):
+    for out, fact in ("", "OUT"), ("a\udcff", "UTF-8"):
         with pytest.raises(SystemExit) as ended:
             run("quantize", llama, out, "--method", "absmax")
         assert ended.value.code == 2
-        assert words in capsys.readouterr().err
+        assert re.search(says(fact), capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
 
 
@@ -413,7 +413,7 @@ def test_killed_while_the_files_are_moved_into_a_folder(llama, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", killed)
         assert quantize(llama, out, "absmax") == 130
-    assert "same command goes on" in capsys.readouterr().err
+    assert "same command" in capsys.readouterr().err
     assert (out / "model.safetensors").exists()
     assert "did not finish" in refused(capsys, "evaluate", out)
     assert quantize(llama, out, "absmax") == 0
@@ -511,13 +511,13 @@ def test_room_for_what_is_not_finished_yet(llama, tmp_path, monkeypatch):
 def test_evaluate_says_at_once_what_it_cannot_open(llama, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("weights were read"))
     line = refused(capsys, "evaluate", llama, "--reference", tmp_path / "nothing")
-    assert "there is no folder" in line
+    assert re.search(says(tmp_path / "nothing"), line)
     folder = shutil.copytree(llama, tmp_path / "awq")
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "awq"}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for arguments in ["evaluate", folder], ["quantize", folder, tmp_path / "o", "--method", "nf4"]:
-        assert "is quantized already, by awq" in refused(capsys, *arguments)
+        assert re.search(says(folder, "quantized", "awq"), refused(capsys, *arguments))
     assert [path.name for path in tmp_path.iterdir()] == ["awq"]
 
 
@@ -566,7 +566,6 @@ sys.exit(command.main(sys.argv[2:]))
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize("method", ["gptq", "nf4"])
-@pytest.mark.slow
 def test_the_same_command_goes_on_after_an_interruption(llama, end, method, tmp_path, monkeypatch):
     more = FEW if method == "gptq" else []
     assert quantize(llama, tmp_path / "whole", method, *more) == 0
@@ -615,7 +614,7 @@ def test_a_full_disk(llama, tmp_path, capsys, monkeypatch):
     for method in "affine", "nf4":
         assert run(*start, method) == 1
         words = capsys.readouterr().err
-        assert "out.unfinished keeps the finished blocks" in words
+        assert "out.unfinished" in words
         assert words.endswith("error: [Errno 28] No space left on device\n")
         assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
         monkeypatch.setattr(safetensors.torch, "save_file", save)
@@ -650,8 +649,8 @@ def test_another_command_does_not_take_up_the_blocks(llama, tmp_path, capsys, mo
     capsys.readouterr()
     assert run(*start, "affine") == 1
     words = capsys.readouterr().err
-    assert "holds the blocks of another run (absmax, bits 4, group_size 32)" in words
-    assert "goes on from there" not in words
+    assert re.search(says("another run", "absmax, bits 4, group_size 32"), words)
+    assert "same command" not in words
     assert run(*start, "absmax") == 0
 
 
@@ -659,7 +658,7 @@ def test_two_runs_at_once(llama, tmp_path, capsys):
     with command._unfinished(tmp_path / "out"):
         start = "quantize", llama, tmp_path / "out", "--method", "absmax"
         line = refused(capsys, *start, "--group-size", "32")
-        assert "another run is writing to" in line
+        assert re.search(says("another run", tmp_path / "out.unfinished"), line)
 
 
 def test_help_and_no_command(capsys):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_gpt2
+from tiny import says, tiny_gpt2
 
 from chapter13 import model_size_mb, quantize_absmax, quantize_model
 from chapter13.measures import max_abs_error, mse, relative_rmse, sqnr_db
@@ -62,9 +62,9 @@ def test_huge_and_half_precision_values_do_not_overflow():
 
 @pytest.mark.parametrize("measure", MEASURES)
 def test_shapes_must_agree(measure):
-    with pytest.raises(ValueError, match=r"^the shapes differ: \(4, 1\) and \(4,\)$"):
+    with pytest.raises(ValueError, match=says("(4, 1)", "(4,)")):
         measure(torch.ones(4, 1), torch.ones(4))
-    with pytest.raises(ValueError, match="^the tensors are empty$"):
+    with pytest.raises(ValueError, match=says("empty")):
         measure(torch.ones(0), torch.ones(0))
 
 

@@ -16,7 +16,7 @@ import torch
 import transformers
 from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
-from tiny import sharded, tiny_gpt2, tiny_llama
+from tiny import says, sharded, tiny_gpt2, tiny_llama
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -86,18 +86,18 @@ def test_models_go_where_the_environment_says(monkeypatch):
 
 def test_what_is_no_device_is_refused(monkeypatch):
     monkeypatch.setenv("CHAPTER13_DEVICE", "gpu")
-    with pytest.raises(ValueError, match="a device is called cpu, cuda or cuda:1, not 'gpu'"):
+    with pytest.raises(ValueError, match=says("cpu", "cuda", "cuda:1", "'gpu'")):
         models.load()
 
 
 @pytest.mark.parametrize(
     ("built_for", "why"),
-    [(None, "it is a build for CPUs alone"), ("13.0", "it is built for CUDA 13.0, but no driver")],
+    [(None, "CPUs"), ("13.0", "CUDA 13.0")],
 )
 def test_a_gpu_that_is_not_found_is_explained(monkeypatch, built_for, why):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", built_for)
-    with pytest.raises(ValueError, match=f"PyTorch .* finds no GPU: {why}"):
+    with pytest.raises(ValueError, match=says("PyTorch", "GPU", why)):
         models.find_device("cuda")
 
 
@@ -288,7 +288,7 @@ def hub(monkeypatch, error):
 def test_offline_fails_at_once_and_names_the_embedded_model(monkeypatch, no_network, error):
     hub(monkeypatch, error)
     start = time.perf_counter()
-    with pytest.raises(ConnectionError, match=r"'nobody/no-such-model'.*load\('smollm2-135m'\)"):
+    with pytest.raises(ConnectionError, match=says("'nobody/no-such-model'", "'smollm2-135m'")):
         models.load("nobody/no-such-model")
     assert time.perf_counter() - start < 10, "retries take 23 seconds"
 

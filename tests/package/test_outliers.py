@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from tiny import TOKENS, generator, tiny_gpt2, tiny_llama
+from tiny import TOKENS, generator, says, tiny_gpt2, tiny_llama
 from torch import nn
 
 from chapter13.outliers import (
@@ -111,13 +111,13 @@ def test_whole_model_and_errors():
     with torch.no_grad():
         error = (model(TOKENS).logits - reference(TOKENS).logits).norm()
         assert 0 < error < 0.1 * reference(TOKENS).logits.norm()
-    with pytest.raises(ValueError, match="threshold must be positive, not 0"):
+    with pytest.raises(ValueError, match=says("threshold", "positive", 0)):
         MixedLinear(torch.ones(2, 2), None, 0)
-    with pytest.raises(ValueError, match=r"weights reach 1e\+06, and float16, .* ends at 65504"):
+    with pytest.raises(ValueError, match=says("1e+06", "float16", 65504)):
         MixedLinear(torch.tensor([[1e6, 1.0]]))
-    with pytest.raises(ValueError, match="1 NaN or Inf"):
+    with pytest.raises(ValueError, match=says("1 NaN", "Inf")):
         MixedLinear(torch.tensor([[torch.nan, 1.0]]))
-    with pytest.raises(ValueError, match=r"expected \(..., 2\) inputs, not \(3, 4\)"):
+    with pytest.raises(ValueError, match=says("(..., 2)", "(3, 4)")):
         MixedLinear(torch.ones(2, 2))(torch.ones(3, 4))
 
 
@@ -130,7 +130,7 @@ def test_smoothing_is_the_paper_s_formula():
     assert torch.allclose(smoothing(absmax, weights), expected, rtol=8 * 2**-24, atol=0)
     assert torch.allclose(smoothing(absmax, weights, 1.0)[:3], absmax[:3], rtol=8 * 2**-24, atol=0)
     for alpha in (-0.1, 1.1):
-        with pytest.raises(ValueError, match="alpha must lie between 0 and 1"):
+        with pytest.raises(ValueError, match=says("alpha", 0, 1)):
             smoothing(absmax, weights, alpha)
 
 
@@ -168,12 +168,12 @@ def test_smooth_moves_outliers():
 
 def test_smooth_of_an_unknown_architecture():
     model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
-    with pytest.raises(ValueError, match="of Sequential it does not. Known blocks: LlamaDecoder"):
+    with pytest.raises(ValueError, match=says("Sequential", "LlamaDecoderLayer")):
         smooth(model, {})
     model = tiny_llama()
     calibration = calibrate(model, TOKENS, progress=False)
     del calibration["model.layers.1.mlp.gate_proj"]
     before = [parameter.clone() for parameter in model.parameters()]
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.gate_proj was not calibrated"):
+    with pytest.raises(ValueError, match=says("model.layers.1.mlp.gate_proj")):
         smooth(model, calibration)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

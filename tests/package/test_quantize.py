@@ -7,7 +7,7 @@ import struct
 
 import pytest
 import torch
-from tiny import TOKENS, tiny_gpt2, tiny_llama
+from tiny import TOKENS, says, tiny_gpt2, tiny_llama
 from torch import nn
 
 from chapter13 import models, quantize, quantize_model
@@ -77,20 +77,19 @@ def test_report_counts_what_is_left():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "gptw"}, "must be one of absmax, affine, nf4, fp4, gptq, awq, not 'gptw'"),
-        ({"method": "absmax", "bits": 9}, "bits must be a whole number from 2 to 8, not 9"),
-        ({"method": "nf4", "bits": 3}, "nf4 is a table of 16 values: it takes 4 bits, not 3"),
+        ({"method": "gptw"}, says("absmax", "affine", "nf4", "fp4", "gptq", "awq", "'gptw'")),
+        ({"method": "absmax", "bits": 9}, says("bits", "2 to 8", 9)),
+        ({"method": "nf4", "bits": 3}, says("nf4", "4 bits", 3)),
         (
             {"method": "nf4", "group_size": 0},
-            "nf4 has blocks of a positive number of weights: group_size cannot be 0",
+            says("nf4", "group_size", 0),
         ),
-        ({"method": "absmax", "group_size": 0}, "group_size must be None"),
+        ({"method": "absmax", "group_size": 0}, says("group_size", "None", 0)),
         (
             {"method": "affine", "group_size": 64},
-            "does not divide the rows of 2 layers, first model.layers.0.mlp.down_proj with "
-            "in_features = 96; these fit all layers: 2, 4, 8, 16, 32",
+            says(64, "2 layers", "model.layers.0.mlp.down_proj", 96, "2, 4, 8, 16, 32"),
         ),
-        ({"method": "absmax", "calibration": TOKENS}, "takes no calibration tokens"),
+        ({"method": "absmax", "calibration": TOKENS}, says("absmax", "calibration")),
     ],
 )
 def test_wrong_arguments_change_nothing(arguments, message):
@@ -103,7 +102,7 @@ def test_wrong_arguments_change_nothing(arguments, message):
 
 def test_nothing_to_quantize():
     model = quantize_model(tiny_llama(), "nf4", progress=False)
-    with pytest.raises(ValueError, match="LlamaForCausalLM has no nn.Linear or Conv1D"):
+    with pytest.raises(ValueError, match=says("LlamaForCausalLM", "nn.Linear", "Conv1D")):
         quantize_model(model, "nf4", progress=False)
 
 
@@ -112,7 +111,7 @@ def test_a_weight_that_is_not_finite_is_named_and_the_model_restored():
     bad = model.model.layers[1].self_attn.k_proj
     bad.weight.data[3, 4] = torch.nan
     before = list(model.modules())
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.k_proj: .* 1 NaN or Inf"):
+    with pytest.raises(ValueError, match=says("model.layers.1.self_attn.k_proj", "1 NaN", "Inf")):
         quantize_model(model, "absmax", group_size=32, progress=False)
     assert list(model.modules()) == before
 
@@ -262,11 +261,11 @@ def test_a_truncated_file_and_none(saved, tmp_path):
     raw = path.read_bytes()
     for length in (0, 5, 100, len(raw) // 2, len(raw) - 1):
         path.write_bytes(raw[:length])
-        with pytest.raises(ValueError, match="cannot be read"):
+        with pytest.raises(ValueError, match=says(path)):
             load_quantized(tiny_llama(), path)
     with pytest.raises(FileNotFoundError):
         load_quantized(tiny_llama(), tmp_path / "nothing")
-    with pytest.raises(ValueError, match="no quantized layer: quantize_model first"):
+    with pytest.raises(ValueError, match=says("quantize_model")):
         save_quantized(tiny_llama(), path)
 
 

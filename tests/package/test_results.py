@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tiny import says
 
 from chapter13 import results
 
@@ -47,7 +48,7 @@ def test_an_interrupted_write_loses_nothing(tmp_path, monkeypatch):
 def test_a_broken_file_is_not_overwritten(tmp_path, text):
     path = tmp_path / "results.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match="restore it from git, or delete it"):
+    with pytest.raises(ValueError, match=says(path, "git")):
         results.record("a", {}, "make a", path=path)
     assert path.read_text() == text
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from tiny import says
 
 from tools import lab, pins
 
@@ -102,7 +103,7 @@ def test_a_failed_installation_is_taken_up_again(folder):
     (folder / "offline").touch()
     result = make(folder, "test")
     assert result.returncode != 0
-    assert "It needs the network; make takes it up again." in result.stdout
+    assert "network" in result.stdout
     assert log(folder) == ["venv", "install"]
     (folder / "offline").unlink()
     assert make(folder, "setup").returncode == 0
@@ -119,14 +120,14 @@ def test_half_an_environment_is_made_again(folder):
 def test_setup_names_a_missing_python(folder):
     result = make(folder, "setup", python="/nonexistent")
     assert result.returncode != 0
-    assert "No /nonexistent here. Install Python 3.11 or newer" in result.stdout
+    assert re.search(says("/nonexistent", "Python 3.11"), result.stdout)
 
 
 def test_setup_names_an_old_python(folder):
     script(folder / "old", '#!/bin/sh\ntest "$1" = --version && echo Python 3.9.2\n')
     result = make(folder, "setup", python="./old")
     assert result.returncode != 0
-    assert "Python 3.9.2 is too old: the course needs Python 3.11 or newer" in result.stdout
+    assert re.search(says("Python 3.9.2", "Python 3.11"), result.stdout)
 
 
 def test_setup_says_how_to_add_venv(folder):
@@ -230,5 +231,5 @@ def test_lab_takes_another_notebook_and_options():
 @pytest.mark.parametrize("name", ["gone.ipynb", "elsewhere.ipynb"])
 def test_lab_names_a_notebook_that_is_not_the_courses(tmp_path, name):
     (tmp_path / "elsewhere.ipynb").touch()
-    with pytest.raises(SystemExit, match=f"no notebook of the course at .*{name}"):
+    with pytest.raises(SystemExit, match=says(tmp_path / name)):
         lab.lab_command([str(tmp_path / name)])

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from tiny import MODELS, TOKENS, tiny, tiny_gpt2, tiny_llama
+from tiny import MODELS, TOKENS, says, tiny, tiny_gpt2, tiny_llama
 
 from chapter13 import (
     corpus,
@@ -143,6 +143,7 @@ def interrupt_at(monkeypatch, method, call):
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("call", [1, 4, 7])
 @pytest.mark.parametrize("method", SOLVERS)
+@pytest.mark.slow
 def test_an_interrupted_model_is_as_it_was(method, make, resume, call, monkeypatch, tmp_path):
     model = make()
     before = state(model)
@@ -160,6 +161,7 @@ def test_an_interrupted_model_is_as_it_was(method, make, resume, call, monkeypat
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", SOLVERS)
+@pytest.mark.slow
 def test_a_resumed_run_gives_what_an_unbroken_one_gives(method, make, dtype, monkeypatch, tmp_path):
     unbroken = quantize_model(make().to(dtype), method, **SMALL)
     run = tmp_path / "run"
@@ -194,19 +196,19 @@ def test_a_resumed_run_gives_what_an_unbroken_one_gives(method, make, dtype, mon
 )
 def test_another_run_does_not_take_up_these_blocks(change, tmp_path):
     quantize_model(tiny_llama(), "gptq", resume=tmp_path / "run", **SMALL)
-    with pytest.raises(ValueError, match="holds the blocks of another run"):
+    with pytest.raises(ValueError, match=says("run", "another run")):
         quantize_model(tiny_llama(), "gptq", resume=tmp_path / "run", **(SMALL | change))
     other = tiny_llama()
     other.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1
     before = state(other)
-    with pytest.raises(ValueError, match="holds the blocks of another run"):
+    with pytest.raises(ValueError, match=says("run", "another run")):
         quantize_model(other, "gptq", resume=tmp_path / "run", **SMALL)
     assert_same(other, before)
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("all of it")
-    with pytest.raises(ValueError, match="is not empty and holds no run"):
+    with pytest.raises(ValueError, match=says("not empty", tmp_path)):
         quantize_model(tiny_llama(), "gptq", resume=tmp_path, **SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -218,7 +220,7 @@ def test_a_damaged_block_is_named_and_nothing_is_changed(tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     model = tiny_llama()
     before = state(model)
-    with pytest.raises(ValueError, match=r"block-0001.safetensors cannot be read"):
+    with pytest.raises(ValueError, match=says("block-0001.safetensors")):
         quantize_model(model, "gptq", resume=run, **SMALL)
     assert_same(model, before)
 
@@ -232,14 +234,14 @@ def test_training_mode_comes_back():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"calibration": None}, ValueError, "gptq learns from text: give calibration tokens"),
-        ({"calibration": TOKENS.float()}, TypeError, "calibration tokens must be an integer"),
-        ({"calibration": TOKENS + 50}, ValueError, "calibration tokens reach"),
-        ({"group_size": 24}, ValueError, "does not divide the rows of"),
-        ({"group_size": None}, ValueError, "a scale per row at least"),
-        ({"bits": 1}, ValueError, "bits must be a whole number from 2 to 8"),
-        ({"damp": -1}, ValueError, "damp must be 0 or more"),
-        ({"grid": 3}, TypeError, "unexpected keyword argument 'grid'"),
+        ({"calibration": None}, ValueError, says("gptq", "calibration")),
+        ({"calibration": TOKENS.float()}, TypeError, says("calibration", "tokens", "integer")),
+        ({"calibration": TOKENS + 50}, ValueError, says("calibration", 149, "0 to 99")),
+        ({"group_size": 24}, ValueError, says(24, "does not divide", "in_features", 64)),
+        ({"group_size": None}, ValueError, says("GPTQ", 'group_size="channel"')),
+        ({"bits": 1}, ValueError, says("bits", "2 to 8", 1)),
+        ({"damp": -1}, ValueError, says("damp", 0, "-1")),
+        ({"grid": 3}, TypeError, says("'grid'")),
     ],
 )
 def test_bad_arguments_leave_the_model(arguments, error, message):
@@ -253,7 +255,7 @@ def test_bad_arguments_leave_the_model(arguments, error, message):
 def test_nan_in_the_model_is_named_by_layer():
     model = tiny_llama()
     model.model.layers[1].self_attn.o_proj.weight.data[3, 4] = torch.nan
-    with pytest.raises(ValueError, match=r"model.layers.1.self_attn.o_proj: .* at \[3, 4\]"):
+    with pytest.raises(ValueError, match=says("model.layers.1.self_attn.o_proj", "[3, 4]")):
         quantize_model(model, "gptq", **SMALL)
 
 
@@ -375,13 +377,13 @@ def test_rounding_goes_block_by_block_too(make, method, monkeypatch, tmp_path):
     assert_same(quantize_model(model, method, resume=run, **options), expected)
     assert saved[0].stat().st_mtime_ns == stamp
     for change in {"group_size": 8}, {"method": "affine" if method == "absmax" else "absmax"}:
-        with pytest.raises(ValueError, match="holds the blocks of another run"):
+        with pytest.raises(ValueError, match=says("run", "another run")):
             quantize_model(make(), **({"method": method, "resume": run} | options | change))
 
 
 def test_rounding_block_by_block_leaves_nothing_out(tmp_path):
     model = tiny("OPT", ffn_dim=96, word_embed_proj_dim=32)
-    with pytest.raises(ValueError, match=r"2 linear layers lie outside .* first model\.decoder"):
+    with pytest.raises(ValueError, match=says("2 linear layers", "model.decoder.project_out")):
         quantize_model(model, "absmax", group_size=16, progress=False, resume=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -445,7 +447,7 @@ def test_other_architectures_compute_with_their_quantized_layers(make, method, r
 def test_layers_that_are_never_called_cannot_learn():
     model = mamba()
     before = state(model)
-    with pytest.raises(ValueError, match=r"first mixer\.dt_proj.*affine or nf4"):
+    with pytest.raises(ValueError, match=says("mixer.dt_proj", "affine", "nf4")):
         quantize_model(model, "gptq", 4, 16, calibration=TOKENS, progress=False)
     assert_same(model, before)
 
@@ -456,9 +458,9 @@ def test_layers_that_are_never_called_cannot_learn():
     [
         (
             AttributeError("no such thing"),
-            r"layers\.0 \(LlamaDecoder.*no such",
+            says("model.layers.0", "LlamaDecoderLayer", "no such thing"),
         ),
-        (None, r"layers\.0 gives NaN or Inf"),
+        (None, says("model.layers.0", "NaN", "Inf")),
     ],
 )
 def test_a_block_that_does_not_compute_is_found_at_once(
@@ -487,8 +489,6 @@ def test_experts_in_one_tensor_are_refused_before_any_work(tmp_path):
     )
     model = Qwen3MoeForCausalLM(config)
     for folder in (None, tmp_path / "run"):
-        with pytest.raises(
-            ValueError, match=r"experts\.gate_up_proj holds the weights of 4 experts"
-        ):
+        with pytest.raises(ValueError, match=says("experts.gate_up_proj", "4 experts")):
             quantize_model(model, "absmax", 4, 16, progress=False, resume=folder)
     assert not list(tmp_path.iterdir())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import tiny_gpt2, tiny_llama
+from tiny import says, tiny_gpt2, tiny_llama
 from torch import nn
 
 from chapter13.whole_model.layers import (
@@ -85,7 +85,7 @@ def test_experts_in_one_tensor_are_refused():
 
     model = nn.Sequential(nn.Linear(4, 4), Experts(), nn.Conv1d(64, 64, 4))
     assert list(expert_stacks(model)) == ["1.gate_up_proj"]
-    with pytest.raises(ValueError, match=r"1\.gate_up_proj holds the weights of 8 experts"):
+    with pytest.raises(ValueError, match=says("1.gate_up_proj", "8 experts")):
         replace_layers(model, lambda name, layer: nn.Identity(), progress=False)
     assert type(model[0]) is nn.Linear
 
@@ -104,7 +104,7 @@ def test_all_or_none():
     assert list(model.modules()) == before
     replace_layers(model, lambda name, layer: nn.Identity(), progress=False)
     assert not linear_layers(model)
-    with pytest.raises(ValueError, match="Sequential has no nn.Linear or Conv1D"):
+    with pytest.raises(ValueError, match=says("Sequential", "nn.Linear", "Conv1D")):
         replace_layers(model, fail_at_last, progress=False)
 
 
