@@ -142,7 +142,7 @@ def tests_of(module):
 
 def fingerprint(module):
     """Of the code of a module and of its tests."""
-    told = [SETTINGS, MODULES[module]]
+    told = [MODULES[module]]
     told += [syntax.code(path) for path in (source_of(module), *tests_of(module))]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
@@ -227,10 +227,17 @@ def mutmut(folder, *arguments, read=False):
     }
     command = [sys.executable, "-m", "tools.mutants", "mutmut", *arguments]
     stdout = subprocess.PIPE if read else None
-    done = subprocess.run(
-        command, cwd=folder, env=environment, text=True, stdout=stdout, check=True
-    )
-    return done.stdout
+    with subprocess.Popen(
+        command, cwd=folder, env=environment, text=True, stdout=stdout, start_new_session=True
+    ) as process:
+        try:
+            printed, _ = process.communicate()
+        except BaseException:  # KeyboardInterrupt too: its workers end with it
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if process.returncode:
+        sys.exit(f"mutmut {arguments[0]} failed in {folder}")
+    return printed
 
 
 def mutmut_itself(arguments):
@@ -287,7 +294,12 @@ def run(module, folder):
     """
     state = {
         "code": [SETTINGS, syntax.code(source_of(module))],
-        "tests": [one for path in tests_of(module) for one in syntax.statements(path)],
+        "tests": [
+            one
+            for path in tests_of(module)
+            for one in syntax.statements(path)
+            if not one.startswith("Import")
+        ],
     }
     known = folder / "state.json"
     old = json.loads(known.read_text()) if known.exists() else {"code": None, "tests": []}
@@ -313,7 +325,8 @@ def run(module, folder):
         if again:
             mutmut(folder, "run", *jobs, *again)
     known.write_text(json.dumps(state))
-    mutmut(folder, "run", *jobs)
+    if not kept or "not checked" in ends.values():
+        mutmut(folder, "run", *jobs)
 
 
 def count(module):
