@@ -34,7 +34,7 @@ REPORT = ROOT / "tests" / "mutants.md"
 WORK = ROOT / "mutants"
 TESTS = ROOT / "tests" / "package"
 
-WORDS = "test_checkpoint.py::test_"
+WORDS = "test_checkpoint.py::test_"  # of its tests, those that need no other program
 MODULES = {
     "packing": ["test_packing.py"],
     "tensors": ["test_integer.py", "test_codebook.py"],
@@ -288,9 +288,10 @@ def change(folder, mutant):
 
 
 def run(module, folder):
-    """Breaks a module in all ways, in a folder with mutmut's settings for it.
+    """Tries all mutants of a module, in a folder with mutmut's settings for it.
 
-    What an earlier run found there stays, unless the module has changed or a test of then is gone.
+    The results of an earlier run are kept, unless the module has changed since, or a test has
+    changed or gone: what that test killed might survive now.
     """
     state = {
         "code": [SETTINGS, syntax.code(source_of(module))],
@@ -317,15 +318,15 @@ def run(module, folder):
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (folder / "pyproject.toml").write_text(project + settings, encoding="utf-8")
     jobs = ("--max-children", str(os.cpu_count() or 1))  # one mutant for each core
-    if kept:
-        ends = outcomes(folder)
+    ends = outcomes(folder) if kept else {}
+    if ends:
         again = [one for one, end in ends.items() if end not in (*KILLED, "not checked")]
         if old["tests"] == state["tests"]:
             again = [one for one in again if ends[one] in UNKNOWN]
         if again:
             mutmut(folder, "run", *jobs, *again)
     known.write_text(json.dumps(state))
-    if not kept or "not checked" in ends.values():
+    if not ends or "not checked" in ends.values():
         mutmut(folder, "run", *jobs)
 
 
@@ -352,7 +353,7 @@ def main():
     wanted = parser.parse_args().modules or list(MODULES)
     if unknown := [name for name in wanted if name not in MODULES]:
         parser.error(f"no module {unknown[0]!r}; there are: {', '.join(MODULES)}")
-    # a polite kill stops mutmut too
+    # stops mutmut too, as Ctrl-C does
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped: make mutants continues here"))
     counts, _, survivors = read_report()
     todo = []

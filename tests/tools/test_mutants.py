@@ -120,7 +120,9 @@ def test_a_run_is_taken_up_again(project, commands):
     ends = commands.pop()
     folder, tests = project / "mutants" / "packing", project / "tests" / "package"
     mutants.run("packing", folder)
-    assert commands == [()]
+    mutants.run("packing", folder)  # the first was stopped before it had any result
+    assert commands == [(), ()]
+    commands.pop()
     ends |= {"a": "killed", "b": "survived", "c": "check was interrupted by user"}
     mutants.run("packing", folder)
     assert commands[1:] == [("c",)]
