@@ -5,7 +5,8 @@ The counts and the survivors go to tests/mutants.md, module by module. A count i
 as the code of the module and of its tests is the same; comments and docstrings may change. Only
 modules without a current count are run, and a run that was stopped is continued: each result is
 stored in mutants/ when it is known. Where tests were only added, the survivors alone are tried
-again.
+again. Stop a run rather than suspend it: time passes, and the mutants under test when it is
+suspended would be taken for endless loops.
 
     python -m tools.mutants               every module whose count is not current
     python -m tools.mutants gptq awq      these alone
