@@ -84,9 +84,9 @@ bench-gpu: setup ## measure the methods on a GPU; stops where there is none
 bench-large: data ## measure the command line on a model with a billion parameters (9 GB of disk, long)
 	$(BIN)/python -m tools.bench_large
 
-mutants: data ## break the package in many small ways and count what the tests notice (long)
+mutants: data ## break the arithmetic in many small ways and count what the tests notice (long)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[mutants]'
-	$(BIN)/python tools/mutants.py
+	@$(BIN)/python -m tools.mutants
 
 peers: .peers/autogptq/installed .peers/gptqmodel/installed ## AutoGPTQ and GPTQModel, each in an environment of its own
 

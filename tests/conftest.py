@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # no deadline: a busy machine is no bug. In CI the same examples each time, so that a failure is
 # the change's; at home new ones, so that the properties get around.
 hypothesis.settings.register_profile("course", deadline=None, derandomize="CI" in os.environ)
-# `make mutants` runs the properties a thousand times
-hypothesis.settings.register_profile("mutants", deadline=None, max_examples=25)
+# `make mutants` runs the properties a thousand times, and its count should not depend on luck
+hypothesis.settings.register_profile("mutants", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "course"))
 
 # `make test` gives whole files to its processes, in this order: the long ones may not come last

@@ -17,7 +17,6 @@ change.
 """
 
 import argparse
-import ast
 import cProfile
 import hashlib
 import inspect
@@ -34,7 +33,7 @@ from tqdm import tqdm
 
 from chapter13 import corpus, evaluate, models, results
 from chapter13.fetch import download
-from tools import bench_models, formats, markdown, measure, peers
+from tools import bench_models, formats, markdown, measure, peers, syntax
 from tools.formats import FORMATS, MAKERS, MODEL, STUDIES, TABLE, QuantizedModel
 
 TARGET = "make results"
@@ -135,18 +134,7 @@ def files_of(profile):
 
 def code(path):
     """What a Python file does: its syntax tree, without comments, docstrings and layout."""
-    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(getattr(node, "body", None), list):
-            node.body = [statement for statement in node.body if not _is_text(statement)]
-    return ast.dump(tree)
-
-
-def _is_text(statement):
-    """Whether a statement is only a string: a docstring."""
-    value = getattr(statement, "value", None)
-    text = isinstance(value, ast.Constant) and isinstance(value.value, str)
-    return isinstance(statement, ast.Expr) and text
+    return syntax.code(ROOT / path)
 
 
 @cache

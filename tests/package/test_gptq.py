@@ -342,3 +342,42 @@ def test_what_matters_is_not_cut_off():
     importance[0] = 1e9  # even the narrowest step for the others gains less than its clipping costs
     found = fit_grid(weights, 4, False, torch.float32, importance)
     assert ((found.values(found.codes(weights)) - weights)[0].abs() <= plain.scale / 2).all()
+
+
+def test_of_ranges_that_are_equally_good_the_widest_is_taken():
+    weights = torch.randn(64, 100, generator=generator())
+    plain = fit_grid(weights, 4, False, torch.float32)
+    found = fit_grid(weights, 4, False, torch.float32, torch.zeros(64))  # nothing matters
+    assert torch.equal(found.scale, plain.scale)
+    assert torch.equal(found.zero, plain.zero)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_the_search_weighs_each_column_by_the_hessian(act_order):
+    weight, _ = layer()
+    importance = torch.rand(48, generator=generator()) ** 4 + 1e-3
+    H = torch.diag(importance)  # no error is passed on: each group is fitted as it is
+    options = {"act_order": act_order, "scale_dtype": torch.float32}
+    found = gptq.quantize(weight, H, 3, 8, clip_search=True, **options)
+    for group in range(6):
+        part = slice(8 * group, 8 * group + 8)
+        grid = fit_grid(weight[:, part].T, 3, False, torch.float32, importance[part])
+        assert torch.equal(found.scale[:, group, 0], grid.scale)
+        assert torch.equal(found.zero_point[:, group, 0].float(), grid.zero)
+    assert not torch.equal(found.scale, gptq.quantize(weight, H, 3, 8, **options).scale)
+
+
+def test_the_rank_is_computed_where_float32_cannot_tell_channels_apart(monkeypatch):
+    """Of two channels with correlation c, 1 - c^2 is left to the second: more than 2 * 2**-23?"""
+
+    def inputs(e):  # c = 1 / sqrt(1 + e^2)
+        return torch.tensor([[1.0, 1.0], [e, 0.0]])
+
+    with pytest.warns(UserWarning, match="2 calibration tokens span 1 of 2 dimensions") as caught:
+        gptq.hessian(inputs(2.0**-11))  # 2 * 2**-23
+    assert caught[0].filename == __file__
+    monkeypatch.setattr(torch.linalg, "matrix_rank", lambda *_, **__: pytest.fail("no need"))
+    gptq.hessian(inputs(2.0**-10))  # four times as much
+    _, others = layer()
+    others[:, 9] = 0
+    gptq.hessian(others)  # a dead channel is no missing dimension

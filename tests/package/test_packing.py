@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import says
 
-from chapter13.packing import PIECE, cut, pack, packed_size, unpack
+from chapter13.packing import GPU_PIECE, PIECE, cut, pack, packed_size, piece_size, unpack
 
 BITS = range(2, 9)
 
@@ -54,6 +54,11 @@ def test_several_pieces_and_odd_offsets(bits):
         # the stream far from its start agrees with the definition: no piece is misplaced
         first = (len(part) - 40) // 8 * 8
         assert packed[first * bits // 8 :].tolist() == slow_pack(part[first:].tolist(), bits)
+
+
+def test_pieces_are_small_on_a_cpu_alone():
+    assert piece_size(torch.empty(1)) == PIECE
+    assert piece_size(torch.empty(1, device="meta")) == GPU_PIECE
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -1,0 +1,28 @@
+"""What a Python file does, apart from how it is laid out and explained."""
+
+import ast
+
+
+def code(path):
+    """The file's syntax tree as a string: without comments, docstrings and layout."""
+    return ast.dump(_tree(path))
+
+
+def statements(path):
+    """The same for each statement at the top of the file: functions, classes, assignments."""
+    return [ast.dump(statement) for statement in _tree(path).body]
+
+
+def _tree(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(getattr(node, "body", None), list):
+            node.body = [statement for statement in node.body if not _is_text(statement)]
+    return tree
+
+
+def _is_text(statement):
+    """Whether a statement is only a string: a docstring, of whatever."""
+    value = getattr(statement, "value", None)
+    text = isinstance(value, ast.Constant) and isinstance(value.value, str)
+    return isinstance(statement, ast.Expr) and text
