@@ -123,7 +123,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
     tokens = corpus.evaluation_tokens(tokenizer, args.sequences, args.length)
     if recorded and not torch.equal(tokens, _embedded_tokens(args.sequences)):
         raise ValueError(
-            f"{args.model} has another tokenizer than {models.EMBEDDED}, with which the summary "
+            f"{args.model} has a different tokenizer from {models.EMBEDDED}, for which the summary "
             "table was measured: leave out --recorded"
         )
     _check_length(model.config, args.length)
@@ -154,8 +154,8 @@ def _recorded(args: argparse.Namespace) -> summary.Row | None:
     if args.length != length or args.sequences > sequences:
         raise ValueError(
             f"--recorded compares with the summary table's {sequences} sequences of {length} "
-            f"tokens, not with {args.sequences} of {args.length}: leave out --length, and take "
-            f"{sequences} --sequences at most"
+            f"tokens, not with {args.sequences} of {args.length}: leave out --length, and set "
+            f"--sequences to {sequences} at most"
         )
     return summary.row(args.recorded)
 
@@ -417,7 +417,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--reference", metavar="MODEL", help="the model before it was quantized")
     add("--sequences", type=_positive, default=8, metavar="N", help="default: 8")
     add("--length", type=_positive, default=512, metavar="N", help="tokens of each (default: 512)")
-    add("--recorded", metavar="ROW", help="compare with this row of the summary table")
+    add(
+        "--recorded",
+        metavar="ROW",
+        help="also print this row of the summary table, on the same sequences",
+    )
     add("--device", type=_device, help=DEVICE)
     return parser
 

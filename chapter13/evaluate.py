@@ -80,8 +80,8 @@ class Score:
 def difference(first: Score, second: Score) -> Score:
     """first - second in nats, paired: sequence by sequence, on the same tokens.
 
-    Both lose on a hard text, so the difference has a far narrower interval than either; two
-    methods differ where the interval leaves out 0. Raises ValueError for scores of unlike length.
+    A hard text raises both losses, so the difference has a far narrower interval than either; two
+    methods differ if the interval excludes 0. Raises ValueError for scores of different lengths.
     """
     if len(first.losses) != len(second.losses):
         raise ValueError(f"{len(first.losses)} and {len(second.losses)} sequences cannot be paired")

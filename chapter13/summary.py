@@ -53,6 +53,7 @@ class Row:
     kl: Score
     """To the float32 model, in nats per token."""
     machine: str
+    """Of the losses; the costs may be from another machine, or with more threads."""
     date: str
 
 

@@ -141,7 +141,7 @@ def ours_llm_int8(model, tokenizer):
 
 
 def ours_gguf(model, tokenizer, kind):
-    """The linear layers in a format of llama.cpp, dequantized: that program would multiply them."""
+    """The linear layers in a format of llama.cpp, dequantized: only llama.cpp multiplies codes."""
     held, weights = 0, 0
     for layer in linear_layers(model).values():
         block = gguf_blocks.quantize(layer.weight, kind)
@@ -417,9 +417,9 @@ STUDIES.append(
         learned("awq", calibration={"sequences": 2, "length": 128}),
     )
 )
-"""What notebook 06 asks: GPTQ with clip search after 1 to 128 sequences of two kinds of text (16 of
-news are in the table), GPTQ with its 16 sequences in other orders; and AWQ with little text, for
-notebook 09. Only quality is measured."""
+"""Records for notebook 06: GPTQ with clip search after 1 to 128 sequences of two kinds of text (16
+of news are in the table), GPTQ with its 16 sequences in other orders. For notebook 09: AWQ with
+little text. Only quality is measured."""
 
 KERNELS = [
     Format(

@@ -1,8 +1,8 @@
-"""The one clock and the one measure of memory of all measuring programs.
+"""How the measuring programs take time and memory.
 
     seconds(work)                the time of one call, until the device has done it
     medians(ours, theirs)        median times of several, called in turn
-    with memory() as used: ...   the bytes held before, and at most while it ran
+    with memory() as used: ...   the bytes held before, and the peak while it ran
 
 On a CPU memory is that of this process, as Linux counts it; on a GPU what PyTorch has allocated
 there.
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def wait(device):
-    """Until a GPU has done what it was told; the CPU has."""
+    """Wait until a GPU has finished; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -54,13 +54,13 @@ class Memory:
 
     @property
     def extra(self):
-        """At most beyond what was there before."""
+        """The peak beyond what was held before."""
         return max(0, self.peak - self.before)
 
 
 @contextmanager
 def memory(device=CPU):
-    """The memory that the lines inside held; complete when they end."""
+    """Measures the memory of the `with` block; `peak` is set when the block ends."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -82,7 +82,7 @@ def enough(module):
 KILLED = ("killed", "timeout", "caught by type check")
 UNKNOWN = ("not checked", "check was interrupted by user")
 
-# What mutmut is told, below the project's own pyproject.toml. Left out: tests on the
+# What mutmut is parts, below the project's own pyproject.toml. Left out: tests on the
 # real model, which are slow, and the words of error messages (a line that is nothing but a text
 # with a blank in it), since the tests hold the numbers and names in them.
 SETTINGS = """
@@ -143,9 +143,9 @@ def tests_of(module):
 
 def fingerprint(module):
     """Of the code of a module and of its tests."""
-    told = [MODULES[module]]
-    told += [syntax.code(path) for path in (source_of(module), *tests_of(module))]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
+    parts = [MODULES[module]]
+    parts += [syntax.code(path) for path in (source_of(module), *tests_of(module))]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
 def state_of(module, counts):

@@ -1,4 +1,4 @@
-"""`make results`: every method at every size by one protocol, for the summary table.
+"""`make results`: every row of the summary table, measured by one protocol.
 
 Each format of TABLE in tools/formats.py is measured in a process of its own. Its quality:
 perplexity and KL to the float32 model on the same held-out tokens for all, sequence by sequence, so
@@ -139,7 +139,7 @@ def code(path):
 
 @cache
 def inputs():
-    """Of the model's files and of all tokens: a digest."""
+    """A digest of the model's manifest, the default calibration and the evaluation tokens."""
     tokenizer = models.load(MODEL, device="cpu")[1]
     texts = (corpus.calibration_tokens(tokenizer), corpus.evaluation_tokens(tokenizer))
     digest = hashlib.sha256((download.require(MODEL) / "manifest.json").read_bytes())

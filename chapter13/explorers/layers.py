@@ -50,7 +50,7 @@ class GroupSizeSlider(widgets.SelectionSlider):
 
     @observe("value")
     def _propagate_value(self, change):
-        """As ipywidgets has it, which however takes the value None for "nothing selected"."""
+        """Replaces ipywidgets' own handler, which treats the value None as "nothing selected"."""
         self.index = self._options_values.index(change.new)
 
 
@@ -101,7 +101,7 @@ def checked_matrix(weight: torch.Tensor) -> torch.Tensor:
 
 
 def sample_rows(weight: torch.Tensor) -> torch.Tensor:
-    """The matrix; of one with more than MOST weights evenly spaced rows, about that many weights.
+    """The matrix itself or, above MOST weights, evenly spaced rows with about that many.
 
     The rows with the largest and the smallest weight are among them: a scale for the whole tensor
     is the same.

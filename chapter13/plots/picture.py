@@ -188,10 +188,10 @@ def png_bundle(png, alt, width):
 
 
 def caption(alt, width):
-    """The output that holds a picture's words, to stand below it.
+    """A picture's alternative text as an output, to be shown below it.
 
-    JupyterLab 4.6 and nbconvert 7.17 drop the `alt` in an image's metadata, so the words stand
-    where everybody can read them. They are compared when notebooks are tested.
+    JupyterLab 4.6 and nbconvert 7.17 drop the `alt` in an image's metadata, so the text is shown
+    where everybody can read it. They are compared when notebooks are tested.
     """
     look = f"max-width: {width}px; margin: 0; font-size: 14px; color: #555"
     return {"text/html": f'<p style="{look}">{html.escape(alt)}</p>', "text/plain": alt}
