@@ -319,7 +319,7 @@ def test_real_layers_lose_less_than_by_rounding(cut):
 def test_the_real_model_is_nearer_to_full_precision(cut):
     make, tokenizer = cut
     calibration = corpus.calibration_tokens(tokenizer, 8, 256)
-    tokens = corpus.evaluation_tokens(tokenizer, 8, 128)
+    tokens = corpus.evaluation_tokens(tokenizer, 24, 128)
     full = make()
     nearest = quantize_model(make(), "affine", progress=False)
     ours = quantize_model(make(), "gptq", calibration=calibration, progress=False)
