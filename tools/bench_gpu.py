@@ -159,7 +159,8 @@ def table_section(records):
                 f"{row['tokens_per_s']:.1f}",
             )
         )
-    return f"{markdown.table(rows)}\n\n{markdown.where(record['environment'], 'torch')}\n"
+    where = markdown.where(record["environment"], "torch")
+    return f"{markdown.table(rows)}\n\n{where}{_missing(record['rows'])}\n"
 
 
 def large_section(records):
@@ -180,7 +181,13 @@ def large_section(records):
         )
     where = markdown.where(record["environment"], "torch")
     speed = f"memory at {record['bandwidth_gb_per_s']} GB/s"
-    return f"{markdown.table(rows)}\n\n{where}; {speed}.\n"
+    return f"{markdown.table(rows)}\n\n{where}; {speed}.{_missing(record['formats'])}\n"
+
+
+def _missing(records):
+    """What was not measured, and why: a table may not drop a row in silence."""
+    failed = [f"{name} ({each['failed']})" for name, each in records.items() if "failed" in each]
+    return f" Not measured: {'; '.join(failed)}." if failed else ""
 
 
 def _measured(records, order):

@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "table"
 PARTS = ("cost", "quality")
 PACKAGE = ROOT / "chapter13"
-# glibc keeps the memory of a batch's logits for the next batch: a third less time
+# glibc keeps the memory of a batch's logits for the next batch, instead of asking for it again
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_MMAP_THRESHOLD_": str(2**33),

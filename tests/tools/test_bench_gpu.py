@@ -55,3 +55,11 @@ def test_what_fails_says_why_and_costs_its_row_alone(capsys):
 
     assert bench_gpu.attempt("a row", fails) == {"failed": "RuntimeError: no kernel"}
     assert "a row" in capsys.readouterr().out
+
+
+def test_what_failed_is_named_below_the_table():
+    failed = {"rows": {"NF4": {"failed": "RuntimeError: no kernel"}}}
+    failed["environment"] = {"machine": "a GPU", "date": "2026-01-01", "versions": {"torch": "2"}}
+    text = bench_gpu.table_section({"gpu/table": failed})
+    assert "NF4 (RuntimeError: no kernel)" in text
+    assert "| NF4" not in text
