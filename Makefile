@@ -51,7 +51,7 @@ PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 test: data ## run every test and re-execute every notebook against its stored results
 	$(ON_CPU) $(PYTEST) $(PARALLEL)
 
-check: data ## two minutes: the package's fast tests, its docstrings' examples, and the style
+check: data ## after a change to an algorithm: the package's fast tests, its docstrings' examples, and the style
 	$(ON_CPU) $(BIN)/python -m pytest -q tests/package chapter13 -m "not slow" $(PARALLEL)
 	@$(MAKE) --no-print-directory lint
 
