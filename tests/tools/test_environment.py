@@ -107,8 +107,8 @@ def imported(path):
             yield node.module.partition(".")[0]
 
 
-# what scripts import that run in environments of their own: `make peers`, `make llama`, `make fuzz`
-ELSEWHERE = {"auto_gptq", "gptqmodel", "llama_cpp", "atheris", "drive"}
+# what only these targets install: `make peers`, `make llama`, `make fuzz`, `make mutants`
+ELSEWHERE = {"auto_gptq", "gptqmodel", "llama_cpp", "atheris", "drive", "mutmut"}
 
 
 @pytest.mark.parametrize("folder", ["chapter13", "tools", "tests"])
