@@ -197,10 +197,12 @@ def _cached(path: Path, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
     size = path.stat().st_size
     header = np.fromfile(path, dtype="<i8", count=5)
     if size < 40 or tuple(header[:4]) != _digest(tokens):
-        raise ValueError(f"{path} holds no logits of these tokens: make it anew with cache_logits")
+        raise ValueError(
+            f"{path} was not written for these tokens: write it again with cache_logits"
+        )
     vocabulary = int(header[4])
     if size != 40 + sequences * positions * (8 + 2 * vocabulary):
-        raise ValueError(f"{path} is damaged, it has {size} bytes: make it anew with cache_logits")
+        raise ValueError(f"{path} is damaged ({size} bytes): write it again with cache_logits")
     raw = np.memmap(path, dtype=np.uint8, mode="r", offset=40)
     step = positions * (8 + 2 * vocabulary)
     for start in range(0, sequences * step, step):
@@ -248,7 +250,9 @@ def _logits(model, tokens, batch_size, progress, description):
             with torch.inference_mode():
                 logits = model(batch.to(device), use_cache=False).logits[:, :-1].float()
             if not logits.isfinite().all():
-                raise ValueError("the model's logits are not finite: it is beyond measuring")
+                raise ValueError(
+                    "the model's logits are not finite, so its loss cannot be measured"
+                )
             yield batch, logits
             bar.update(len(batch))
 

@@ -74,10 +74,11 @@ def rows(records: dict[str, dict] | None = None) -> dict[str, Row]:
 
 
 def studies(records: dict[str, dict] | None = None) -> dict[str, Score]:
-    """name -> KL, on the first 8 texts, of what `make results` measured beside the table.
+    """name -> KL of what `make results` measured beside the table; empty if nothing was measured.
 
-    "4 x news": GPTQ with clip search after 4 calibration sequences of 256 tokens; "order 1": GPTQ
-    with its 16 sequences in another order; "AWQ, 2 x 128 tokens". Empty if nothing was measured.
+    On the first 8 texts: "4 x news" (GPTQ with clip search after 4 calibration sequences of 256
+    tokens), "order 1" (GPTQ with its 16 sequences in another order), "AWQ, 2 x 128 tokens". On all
+    33: "damping 0.1", "GPTQ INT4, columns in order", and the same and rounding with clip search.
     """
     records = results.load() if records is None else records
     return {

@@ -15,15 +15,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from chapter13 import corpus, gguf_blocks, models, quantize_model
+from chapter13 import corpus, gguf_blocks, gptq, models, quantize_model
 from chapter13.dynamic import quantize_dynamic
 from chapter13.memory import memory_breakdown
 from chapter13.outliers import quantize_llm_int8, smooth
 from chapter13.quiet import silence_torchao
 from chapter13.seeded import permutation
 from chapter13.static import calibrate, quantize_static
+from chapter13.whole_model.blockwise import quantize_blocks
 from chapter13.whole_model.fused import fuse
-from chapter13.whole_model.layers import linear_layers, replace_layers
+from chapter13.whole_model.layers import linear_layers, put_weight, replace_layers, weight_of
 from tools import llamacpp, measure, peers
 
 MODEL = models.EMBEDDED
@@ -40,6 +41,7 @@ class Format:
     maker: str
     options: dict = field(default_factory=dict)
     packages: tuple[str, ...] = ()  # whose versions matter, beside torch and transformers
+    sequences: int = corpus.EVALUATION[0]  # of the evaluation tokens
 
 
 @dataclass
@@ -112,6 +114,28 @@ def ours(model, tokenizer, calibration=None, dtype=None, fused=False, **options)
     if dtype:
         model.to(getattr(torch, dtype))
     return QuantizedModel(fuse(model) if fused else model)
+
+
+def ours_weighted(model, tokenizer, **options):
+    """Rounded to nearest with GPTQ's clip search: no column moves where H is diagonal."""
+
+    def quantize_block(walk, index, report):
+        block, quantized = walk.blocks[index], {}
+
+        def change(names, inputs):
+            H = gptq.hessian(inputs).diagonal().diag()
+            for name in names:
+                layer = block.get_submodule(name)
+                quantized[name] = gptq.quantize(weight_of(layer), H, clip_search=True, **options)
+                put_weight(layer, quantized[name].dequantize())
+                report(name)
+
+        walk.visit(index, change)
+        return quantized
+
+    tokens = calibration_tokens(tokenizer)
+    quantize_blocks(model, tokens, quantize_block, {"method": "weighted"} | options, False)
+    return QuantizedModel(model)
 
 
 def ours_borrowing(model, tokenizer, **options):
@@ -236,6 +260,7 @@ MAKERS = {
     for maker in (
         float_model,
         ours,
+        ours_weighted,
         ours_borrowing,
         ours_dynamic,
         ours_static,
@@ -398,6 +423,7 @@ STUDIES = [
         "calibration text",
         "ours",
         gptq_after(source=source, sequences=sequences),
+        sequences=8,
     )
     for source in ("news", "encyclopedia")
     for sequences in (1, 4, 16, 64, 128)
@@ -405,7 +431,11 @@ STUDIES = [
 ]
 STUDIES += [
     Format(
-        f"order {seed}", "calibration order", "ours", learned("gptq", calibration={"order": seed})
+        f"order {seed}",
+        "calibration order",
+        "ours",
+        learned("gptq", calibration={"order": seed}),
+        sequences=8,
     )
     for seed in range(1, 6)
 ]
@@ -415,11 +445,27 @@ STUDIES.append(
         "AWQ",
         "ours",
         learned("awq", calibration={"sequences": 2, "length": 128}),
+        sequences=8,
     )
 )
+STUDIES += [
+    Format("INT4 affine, groups of 64, clip search", "affine", "ours_weighted", {"group_size": 64}),
+    Format("GPTQ INT4, columns in order", "GPTQ", "ours", learned("gptq", act_order=False)),
+    Format(
+        "GPTQ INT4, columns in order, clip search",
+        "GPTQ, clip search",
+        "ours",
+        learned("gptq", act_order=False, clip_search=True),
+    ),
+]
+STUDIES += [
+    Format(f"damping {damp}", "damping", "ours", learned("gptq", clip_search=True, damp=damp))
+    for damp in (0.001, 0.05, 0.1, 0.5)
+]
 """Records for notebook 06: GPTQ with clip search after 1 to 128 sequences of two kinds of text (16
-of news are in the table), GPTQ with its 16 sequences in other orders. For notebook 09: AWQ with
-little text. Only quality is measured."""
+of news are in the table), GPTQ with its 16 sequences in other orders; the parts of GPTQ one by one:
+the clip search alone, the paper's order of the columns, other dampings than the table's .01. For
+notebook 09: AWQ with little text. Only quality is measured."""
 
 KERNELS = [
     Format(

@@ -7,9 +7,9 @@ model, from the bytes held; the time and peak memory of quantizing; time per tok
 
 A row goes to data/results.json ("table/...") as soon as it is measured: an interrupted run can be
 taken up again. The STUDIES of tools/formats.py ("study/...") are measured the same way, only their
-quality, on the first 8 of the sequences. A row is current as long as its options, the tokens, the
-versions of the libraries and the code that it really ran are the same; comments and docstrings may
-change.
+quality, some on the first sequences alone. A row is current as long as its options, the tokens, the
+versions of the libraries and the code that it really ran are the same; comments, docstrings and
+error messages may change.
 
     python -m tools.table                           what is missing or out of date
     python -m tools.table --only cost               the costs alone, on a quiet machine
@@ -52,7 +52,6 @@ LOADING = ("models.py", "corpus.py", "wiki.py")  # what they load is compared it
 KEYS = {kind.name: f"table/{kind.name}" for kind in TABLE}
 KEYS |= {kind.name: f"study/{kind.name}" for kind in STUDIES}
 PARTS_OF = dict.fromkeys(KEYS, PARTS) | {kind.name: ("quality",) for kind in STUDIES}
-SEQUENCES = dict.fromkeys(KEYS, corpus.EVALUATION[0]) | {kind.name: 8 for kind in STUDIES}
 SECTION = markdown.section("table", TARGET, "README.md")
 
 
@@ -84,7 +83,7 @@ def measure_part(row, part):
     if part == "cost":
         measured = cost(made)
     else:
-        tokens, path = reference(tokenizer, SEQUENCES[row.name])
+        tokens, path = reference(tokenizer, row.sequences)
         scores = profile.runcall(
             evaluate.perplexity_and_kl, made.model, path, tokens, progress=False
         )
@@ -132,11 +131,6 @@ def files_of(profile):
     return sorted(path.relative_to(ROOT).as_posix() for path in ours)
 
 
-def code(path):
-    """What a Python file does: its syntax tree, without comments, docstrings and layout."""
-    return syntax.code(ROOT / path)
-
-
 @cache
 def inputs():
     """A digest of the model's manifest, the default calibration and the evaluation tokens."""
@@ -151,7 +145,7 @@ def inputs():
 def fingerprint(row, part, files):
     """Of all that a part of a row depends on; "" where a file that it read is gone."""
     try:
-        sources = [code(file) for file in files]
+        sources = [syntax.code(ROOT / file) for file in files]
     except FileNotFoundError:
         return ""
     packages = ("torch", "numpy", "transformers", *row.packages)
@@ -162,7 +156,7 @@ def fingerprint(row, part, files):
         sources,
         [results.version_of(name) for name in packages],
         inputs(),
-        TOKENS if part == "cost" else SEQUENCES[row.name],
+        TOKENS if part == "cost" else row.sequences,
     ]
     return hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]
 
@@ -206,7 +200,7 @@ def measure_all(rows, parts, again):
         # each than from one whose threads wait for each other.
         jobs = (os.cpu_count() or 1) if part == "quality" else 1
         if part == "quality":
-            for sequences in {SEQUENCES[row.name] for row in todo}:
+            for sequences in {row.sequences for row in todo}:
                 reference(models.load(MODEL, device="cpu")[1], sequences)
         with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), desc=part, unit="row") as bar:
             rows_of = {pool.submit(run, part, jobs > 1, row): row for row in todo}

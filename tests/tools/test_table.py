@@ -12,7 +12,7 @@ from tiny import says
 
 from chapter13 import corpus, results
 from chapter13.evaluate import Score
-from tools import formats, peers, table
+from tools import formats, peers, syntax, table
 from tools.formats import FORMATS, MAKERS, STUDIES, TABLE, Format
 
 ROW = Format("a row", "affine", "ours", {"method": "affine", "bits": 4, "group_size": 64})
@@ -38,8 +38,8 @@ def test_all_see_the_same_tokens():
     for name, key in table.KEYS.items():
         for score in ("perplexity", "kl"):
             losses = records[key]["quality"][score]["losses"]
-            assert len(losses) == table.SEQUENCES[name], name
-    assert {table.SEQUENCES[row.name] for row in TABLE} == {corpus.EVALUATION[0]}
+            assert len(losses) == FORMATS[name].sequences, name
+    assert {row.sequences for row in TABLE} == {corpus.EVALUATION[0]}
     assert corpus.EVALUATION[0] * (corpus.EVALUATION[1] - 1) > 16_000
 
 
@@ -60,7 +60,6 @@ def known_inputs(monkeypatch):
     names = ("a row", "bad", "absent")
     monkeypatch.setattr(table, "KEYS", {name: f"table/{name}" for name in names})
     monkeypatch.setattr(table, "PARTS_OF", dict.fromkeys(names, table.PARTS))
-    monkeypatch.setattr(table, "SEQUENCES", dict.fromkeys(names, 33))
 
 
 def test_a_row_is_current_until_what_it_depends_on_changes(known_inputs, monkeypatch, tmp_path):
@@ -100,15 +99,24 @@ def test_a_row_is_current_until_what_it_depends_on_changes(known_inputs, monkeyp
     assert not table.is_current(records, ROW, "cost")
 
 
-def test_only_words_are_dropped(tmp_path, monkeypatch):
-    monkeypatch.setattr(table, "ROOT", tmp_path)
+def test_only_words_are_dropped(tmp_path):
     sources = ['def f():\n    """a"""\n', 'def f():\n    return """a"""\n', 'x = """a"""\n']
-    seen = []
-    for source in sources:
-        (tmp_path / "f.py").write_text(source)
-        seen.append(table.code("f.py"))
-    assert len(set(seen)) == 3
-    assert ast.dump(ast.parse("x = 'a'")) == seen[2]
+    assert len({code(tmp_path, source) for source in sources}) == 3
+    assert ast.dump(ast.parse("x = 'a'")) == code(tmp_path, sources[2])
+
+
+def test_what_an_error_says_is_dropped_and_when_it_is_raised_is_not(tmp_path):
+    raising = "if {}:\n    raise {}\n"
+    first = code(tmp_path, raising.format("x > 1", 'ValueError(f"{x} is too large")'))
+    assert first == code(tmp_path, raising.format("x > 1", 'ValueError("too large", x)'))
+    assert first != code(tmp_path, raising.format("x > 2", 'ValueError(f"{x} is too large")'))
+    assert first != code(tmp_path, raising.format("x > 1", 'TypeError(f"{x} is too large")'))
+    assert first != code(tmp_path, raising.format("x > 1", 'print(f"{x} is too large")'))
+
+
+def code(folder, source):
+    (folder / "f.py").write_text(source)
+    return syntax.code(folder / "f.py")
 
 
 def test_what_fails_is_told_and_the_rest_is_kept(known_inputs, monkeypatch, tmp_path, capsys):
