@@ -98,8 +98,8 @@ class Lab:
         """The session of an open notebook; None where it has none."""
         return next((each for each in self.api("sessions") if each["path"] == name), None)
 
-    def run_all(self, page, name):
-        """Open the notebook in the page, run all its cells, return it as a dict."""
+    def open(self, page, name):
+        """Open the notebook in the page, alone, and wait until its kernel is there."""
         page.goto(f"{self.url}/lab/tree/{name}?token={self.token}&reset")
         page.wait_for_function(f"{NOTEBOOK}?.content?.widgets?.length > 0", timeout=60_000)
 
@@ -111,6 +111,10 @@ class Lab:
         page.wait_for_function(
             f"{NOTEBOOK}.sessionContext.session?.kernel?.status === 'idle'", timeout=60_000
         )
+
+    def run_all(self, page, name):
+        """Open the notebook in the page, run all its cells, return it as a dict."""
+        self.open(page, name)
         page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
         return page.evaluate(f"{NOTEBOOK}.context.model.toJSON()")
 

@@ -10,13 +10,14 @@ import shutil
 import pytest
 from PIL import Image, ImageChops
 
-from tools.browser import ROOT, explorer, jupyterlab, wait_for
+from tools.browser import NOTEBOOK, ROOT, explorer, jupyterlab, wait_for
 
 NOTEBOOKS = [
     path
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     if "chapter13.explorers" in path.read_text(encoding="utf-8")
 ]
+VIEW = "application/vnd.jupyter.widget-view+json"
 WHAT = "THE EXPLORERS WERE"
 SCREENSHOTS = ROOT / "screenshots"
 
@@ -73,6 +74,26 @@ def check_outputs(notebook):
                 assert output["metadata"]["image/png"]["alt"], f"a picture without words:\n{source}"
 
 
+def the_next_day(page, lab, name):
+    """Saves the notebook, ends its kernel and opens it again: each panel has left its picture."""
+    live = page.evaluate(f"{NOTEBOOK}.context.model.toJSON()")
+    panels = [
+        index
+        for index, cell in enumerate(live["cells"])
+        if any(VIEW in output.get("data", {}) for output in cell.get("outputs", ()))
+    ]
+    assert panels
+    page.evaluate("jupyterapp.commands.execute('docmanager:save')")
+    page.wait_for_function(f"!{NOTEBOOK}.context.model.dirty")
+    lab.shut_down(name)
+    lab.open(page, name)
+    for index in panels:
+        page.evaluate(f"{NOTEBOOK}.content.scrollToItem({index}, 'center')")
+        cell = page.locator(f'.jp-Cell[data-windowed-list-index="{index}"]')
+        cell.locator(".jp-RenderedImage img").first.wait_for()
+        assert "Error displaying widget" not in cell.inner_text()
+
+
 def test_there_are_explorers_to_test():
     assert NOTEBOOKS
 
@@ -103,6 +124,7 @@ def test_explorer_moves_in_jupyterlab(path, browser, lab):
             moved(panel, lambda: drag(page, handle, -60 if at_end else 60))
         assert panel.locator("img").get_attribute("title"), "a picture without words"
         panel.screenshot(path=SCREENSHOTS / f"{path.stem}_panel.png")
+        the_next_day(page, lab, path.name)
         assert not outside, f"requests to the outside: {outside}"
         assert not complaints, f"the browser's console says: {complaints}"
     finally:
