@@ -1,8 +1,8 @@
-"""The summary: what `make results` measured, read for notebook 08, and what to make of it.
+"""The summary: what `make results` measured, read for notebook 08; and which rows fit a memory.
 
 Each row is one method at one size on the embedded model, with the losses of each evaluation
-sequence, so that two rows can be compared pair by pair. `OPT` and `LLAMA` hold published figures of
-larger models beside it.
+sequence, so that two rows can be compared sequence by sequence. `OPT` and `LLAMA` hold published
+figures of larger models.
 """
 
 import difflib
@@ -15,6 +15,9 @@ from chapter13.evaluate import Score
 
 TABLE = "table/"
 STUDY = "study/"
+AS_IT_CAME = "GGUF Q4_1, as it came"
+"""The file that the embedded model was taken from. Its loss is 0 because the course starts from the
+numbers in this very file; it says nothing about Q4_1."""
 
 # Perplexity on WikiText-2: parameters in billions -> full precision, 4 bits rounded to nearest,
 # 4 bits by GPTQ; one scale for each row of a weight. Frantar et al. 2022, table 3.
@@ -60,7 +63,7 @@ class Row:
 def rows(records: dict[str, dict] | None = None) -> dict[str, Row]:
     """name -> Row of all that data/results.json holds, the smallest bits per weight first.
 
-    Raises ValueError where nothing was measured yet.
+    Raises ValueError if nothing was measured yet.
     """
     records = results.load() if records is None else records
     found = [
@@ -71,6 +74,11 @@ def rows(records: dict[str, dict] | None = None) -> dict[str, Row]:
     if not found:
         raise ValueError("data/results.json holds no table: run `make results`")
     return {row.name: row for row in sorted(found, key=lambda row: (row.bits_per_weight, row.name))}
+
+
+def comparable(rows: dict[str, Row]) -> dict[str, Row]:
+    """The rows without the file that the model came in, whose loss of 0 means nothing."""
+    return {name: row for name, row in rows.items() if name != AS_IT_CAME}
 
 
 def studies(records: dict[str, dict] | None = None) -> dict[str, Score]:
@@ -118,7 +126,7 @@ def _score(record: dict, name: str) -> Score:
 
 
 def front(rows: dict[str, Row]) -> list[Row]:
-    """The rows that no other beats: each smaller one loses more (Pareto), the smallest first.
+    """The rows that no other row beats: each smaller one loses more (Pareto), smallest first.
 
     Rows that another row matches or beats in both size and loss are dropped. Rows come as `rows`
     gives them.
@@ -130,9 +138,10 @@ def front(rows: dict[str, Row]) -> list[Row]:
     return kept
 
 
-# What runs a format today, by the documentation of those programs; a row is named by its start.
+LLAMA_CPP = "llama.cpp: CPU, Apple or other GPU"
+VLLM = "NVIDIA GPU, vLLM server"
 RUNS_ON = {
-    "CPU or Apple, llama.cpp": ("GGUF Q", "GGUF MXFP4"),
+    LLAMA_CPP: ("GGUF Q",),
     "CPU, PyTorch": (
         "BF16",
         "FP32",
@@ -142,27 +151,59 @@ RUNS_ON = {
         "bitsandbytes",
         "NF4",
     ),
-    "NVIDIA GPU, transformers": ("FP16", "BF16", "NF4", "LLM.int8()", "bitsandbytes", "GPTQ INT4"),
-    "NVIDIA GPU, vLLM server": ("FP16", "BF16", "GPTQ INT4", "AWQ INT4", "INT8 dynamic, per token"),
+    "NVIDIA GPU, transformers": (
+        "FP16",
+        "BF16",
+        "NF4",
+        "LLM.int8()",
+        "bitsandbytes",
+        "torchao INT8 weights",
+        "GPTQ INT4",
+        "AWQ INT4",
+    ),
+    VLLM: ("FP16", "BF16", "GPTQ INT4", "AWQ INT4", "INT8 dynamic, per token"),
 }
+"""Program -> the rows whose kind of format it loads, by its documentation; a row is named by its
+start. A program that loads a format need not be fast with it: see `NOTES`. Formats that this course
+did not measure (llama.cpp's K and I types, FP8 and others) are not listed."""
+
+NOTES = {
+    (VLLM, "GPTQ INT4"): "measured asymmetric; vLLM's fast kernel is symmetric only",
+    (VLLM, "INT8 dynamic"): "not at compute capability 10 and above: vLLM has FP8 there",
+}
+"""(program, start of a row's name) -> what to know before using the one with the other."""
+
+OTHER_BITS = {LLAMA_CPP: 8.5}
+"""Bits per weight of embeddings and head where they are not kept in 16 bits: llama.cpp quantizes
+them too; counted as Q8_0, as `gguf_model.write_model` writes them."""
 
 
-def needed_gb(shape: memory.Shape, bits_per_weight: float, context: int) -> float:
-    """GB of a model's weights and of the KV cache of one text, embeddings and cache in 16 bits."""
+def needed_gb(
+    shape: memory.Shape, bits_per_weight: float, context: int, other_bits: float = 16
+) -> float:
+    """GB of a model's weights and of the KV cache of one text in 16 bits.
+
+    `bits_per_weight`: of the linear layers; `other_bits`: of embeddings, norms and head. What the
+    program needs for itself and for activations comes on top.
+    """
     parts = memory.parameters(shape)
     linear = parts["attention"] + parts["MLP"]
-    kept = sum(parts.values()) - linear
-    weights = linear * bits_per_weight / 8 + kept * 2
+    others = sum(parts.values()) - linear
+    weights = (linear * bits_per_weight + others * other_bits) / 8
     return (weights + memory.kv_cache_bytes(shape, context)) / 1e9
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What fits, and what of it loses least."""
+    """Which of the rows a program loads and a memory holds."""
 
     fitting: list[Row]
     best: Row | None
-    """None: nothing fits, or nothing that fits is good enough."""
+    """The least KL on the embedded model of those; None if none fits or none is below the limit."""
+    takes_gb: float | None
+    """What the model takes with `best`, the KV cache included."""
+    note: str
+    """What to know before using `best` with this program; mostly empty."""
     most_bits: float
     """Bits per weight at which the memory is full; 0 or less: not even the rest fits."""
 
@@ -175,25 +216,28 @@ def choose(
     context: int = 4096,
     most_kl: float = float("inf"),
 ) -> Choice:
-    """Of the rows that run on `hardware` and fit into `memory_gb`, the one with the least KL.
+    """Of the rows that `hardware` loads and `memory_gb` holds, the one with the least KL.
 
-    `most_kl`: what the reader accepts, in nats per token, measured on the embedded model: larger
-    models lose less, in the same order. Of rows within 2% of the least KL the smallest is taken.
-    Raises ValueError for hardware that is not in RUNS_ON.
+    `most_kl`: the largest KL to accept, in nats per token. The KL is that of the embedded model:
+    other models lose other amounts, and not always in this order. Of rows within 2% of the least KL
+    the smallest is taken. Raises ValueError for hardware that is not in RUNS_ON.
     """
     if hardware not in RUNS_ON:
         raise ValueError(f"hardware must be one of {', '.join(RUNS_ON)}, not {hardware!r}")
-    runs = [
-        row
-        for row in rows.values()
-        if row.name.startswith(RUNS_ON[hardware]) and "as it came" not in row.name
-    ]
-    fitting = [row for row in runs if needed_gb(shape, row.bits_per_weight, context) <= memory_gb]
+
+    def needed(bits):
+        return needed_gb(shape, bits, context, OTHER_BITS.get(hardware, 16))
+
+    runs = [row for row in comparable(rows).values() if row.name.startswith(RUNS_ON[hardware])]
+    fitting = [row for row in runs if needed(row.bits_per_weight) <= memory_gb]
     good = [row for row in fitting if row.kl.value <= most_kl]
-    best = None
+    best, takes, note = None, None, ""
     if good:
         least = min(row.kl.value for row in good)
         level = [row for row in good if row.kl.value <= 1.02 * least + 1e-4]
         best = min(level, key=lambda row: row.bits_per_weight)
-    empty, full = needed_gb(shape, 0, context), needed_gb(shape, 1, context)
-    return Choice(fitting, best, (memory_gb - empty) / (full - empty))
+        takes = needed(best.bits_per_weight)
+        for (program, start), words in NOTES.items():
+            if program == hardware and best.name.startswith(start):
+                note = words
+    return Choice(fitting, best, takes, note, (memory_gb - needed(0)) / (needed(1) - needed(0)))

@@ -43,6 +43,7 @@ INT8 = quantize_absmax(W, 8).dequantize()
 INT4 = quantize_absmax(W, 4).dequantize()
 CASTS = {"fp16": W.half(), "bf16": W.bfloat16()}
 BOOKS = {"absmax": np.arange(-7, 8) / 7, "nf4": nf4_code_book(), "fp4": fp4_code_book().sort()[0]}
+BOOKS["e2m1"] = np.array([-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6]) / 6
 BREAKDOWN = {"linears": 5e6, "scales": 2e5, "embeddings": 1e6, "rest": 1e5}
 COUNTS = (np.arange(-8, 8), np.arange(16))
 SIZES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int4": 0.6}
@@ -68,7 +69,7 @@ INT8_KL = {
     "LLM.int8()": 0.025,
     "SmoothQuant + per token": 0.02,
 }
-ERRORS = {"absmax": 0.11, "affine": 0.09, "nf4": 0.092, "fp4": 0.12}
+ERRORS = {"absmax": 0.11, "affine": 0.09, "nf4": 0.092, "fp4": 0.12, "e2m1": 0.106}
 PAIRS = [(2.0, 0.5), (3.0, 0.2)]
 UNIT = normal(40, 64) / 4
 
@@ -78,9 +79,9 @@ def _spacing():
     return {"fp16": (magnitudes[:40], magnitudes[:40] / 1024), "bf16": (magnitudes, magnitudes / 9)}
 
 
-def _choice():
-    rows = summary.rows()
-    return summary_plots.pareto(rows, summary.front(rows))
+def _frontier(draw, **words):
+    rows = summary.comparable(summary.rows())
+    return draw(rows, summary.front(rows), **words)
 
 
 # the picture's function -> calls of it
@@ -111,7 +112,7 @@ PICTURES = {
         np.arange(8.0).reshape(2, 4), {"error per row": (np.ones((2, 4)), (1, 4))}
     ),
     granularity_plots.largest_of: lambda draw: draw([1, 10], [0.8, 1.8], {"a row": (5, 1.234)}),
-    granularity_plots.row_loudness: lambda draw: draw({"a": [3.0, 1.0], "b": [2.0, 9.0]}),
+    granularity_plots.row_absmax: lambda draw: draw({"a": [3.0, 1.0], "b": [2.0, 9.0]}),
     granularity_plots.grids: lambda draw: draw(
         [0.0, 0.75], (np.arange(-1, 2), [0.0, 1.0]), (np.arange(4) / 4, [0.0, 0.75])
     ),
@@ -127,6 +128,7 @@ PICTURES = {
     code_book_plots.storage_bars: lambda draw: draw(
         {"NF4": {"codes": 4.0, "scales": 0.5}, "NF4, double": {"codes": 4.0, "second level": 0.002}}
     ),
+    code_book_plots.equal_bits: lambda draw: draw(CURVES),
     code_book_plots.error_chart: lambda draw: draw({"Gaussian": ERRORS, "uniform": ERRORS}),
     code_book_plots.error_sources: lambda draw: draw(
         {name: BOOKS[name] for name in ("absmax", "nf4")}, UNIT, np.ones(UNIT.shape)
@@ -166,9 +168,10 @@ PICTURES = {
     ),
     gguf_plots.block_sizes: lambda draw: draw([(16, 5, 0.08), (32, 4.5, 0.1), (64, 4.25, 0.11)]),
     gguf_plots.top_levels: lambda draw: draw([4.5, 5, 5, 7.0], 6),
-    summary_plots.pareto: lambda draw: _choice(),
+    summary_plots.pareto: lambda draw: _frontier(draw),
+    summary_plots.pareto_named: lambda draw: _frontier(draw, others=("NF4", "GGUF MXFP4")),
     summary_plots.loss_over_size: lambda draw: draw(
-        {"GPTQ, OPT": ("gptq", {0.1: 30.0, 100.0: 0.5})},
+        {"GPTQ, OPT": ("gptq", {0.1: 30.0, 1.0: 250.0, 100.0: 0.5})},
         {"round to nearest, ours": ("nearest", (0.135, 25.0))},
     ),
     shapes.memory_bars: lambda draw: draw({"float32": BREAKDOWN, "NF4": BREAKDOWN}),

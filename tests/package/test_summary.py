@@ -1,4 +1,4 @@
-"""The rows of the summary: what nothing beats, what to use; and the explorer around it."""
+"""The rows of the summary: which no other beats, which fit; and the explorer around them."""
 
 import itertools
 
@@ -84,7 +84,7 @@ def test_the_front():
     assert [each.name for each in summary.front(rows)] == ["small", "better", "best"]
 
 
-def test_nothing_beats_the_measured_front():
+def test_no_row_beats_the_measured_front():
     rows = summary.rows()
     front = summary.front(rows)
     for each in rows.values():
@@ -111,6 +111,10 @@ def test_memory_needed_is_that_of_notebook_00():
     )
     expected = (sum(sizes.values()) + memory.kv_cache_bytes(SHAPE, 4096)) / 1e9
     assert summary.needed_gb(SHAPE, bits, 4096) == pytest.approx(expected, rel=1e-12)
+    parts = memory.parameters(SHAPE)
+    others = parts["embeddings"] + parts["norms"] + parts["head"]
+    smaller = summary.needed_gb(SHAPE, bits, 4096, other_bits=8)
+    assert expected - smaller == pytest.approx(others / 1e9, rel=1e-9)
 
 
 def test_a_choice():
@@ -122,30 +126,30 @@ def test_a_choice():
         row("GGUF Q4_1, as it came", 5, 0.0),
         row("AWQ INT4, groups of 64", 4.3, 0.1),
     )
-    hardware = "CPU or Apple, llama.cpp"
+    hardware = summary.LLAMA_CPP
     roomy = summary.choose(rows, SHAPE, 24, hardware)
     assert roomy.best.name == "GGUF Q8_0"
-    assert [each.name for each in roomy.fitting] == [
-        "GGUF Q8_0",
-        "GGUF Q4_1",
-        "GGUF Q4_0",
-        "GGUF MXFP4",
-    ]
-    # of two that lose the same but for a hair, the smaller
-    assert summary.choose(rows, SHAPE, 7.5, hardware).best.name == "GGUF Q4_0"
+    assert [each.name for each in roomy.fitting] == ["GGUF Q8_0", "GGUF Q4_1", "GGUF Q4_0"]
+    # of two that lose nearly the same, the smaller; embeddings and head count as Q8_0
+    chosen = summary.choose(rows, SHAPE, 7.5, hardware)
+    assert chosen.best.name == "GGUF Q4_0"
+    assert chosen.takes_gb == summary.needed_gb(SHAPE, 4.5, 4096, 8.5)
+    assert chosen.note == ""
     assert summary.choose(rows, SHAPE, 7.5, hardware, most_kl=0.01).best is None
     tight = summary.choose(rows, SHAPE, 2, hardware)
-    assert (tight.fitting, tight.best) == ([], None)
+    assert (tight.fitting, tight.best, tight.takes_gb, tight.note) == ([], None, None, "")
     assert tight.most_bits < 2
-    assert summary.choose(rows, SHAPE, 24, "NVIDIA GPU, vLLM server").best.name.startswith("AWQ")
-    with pytest.raises(ValueError, match=says("hardware", "CPU or Apple, llama.cpp", "'toaster'")):
+    assert summary.choose(rows, SHAPE, 24, summary.VLLM).best.name.startswith("AWQ")
+    noted = summary.choose(table(row("GPTQ INT4, groups of 64", 4.3, 0.2)), SHAPE, 24, summary.VLLM)
+    assert "symmetric only" in noted.note
+    with pytest.raises(ValueError, match=says("hardware", summary.VLLM, "'toaster'")):
         summary.choose(rows, SHAPE, 24, "toaster")
 
 
 def test_the_wall_stands_where_the_memory_is_full():
     rows = table(row("GGUF Q4_1", 5, 0.2))
-    full = summary.needed_gb(SHAPE, 5, 4096)
-    made = summary.choose(rows, SHAPE, full, "CPU or Apple, llama.cpp")
+    full = summary.needed_gb(SHAPE, 5, 4096, 8.5)
+    made = summary.choose(rows, SHAPE, full, summary.LLAMA_CPP)
     assert made.most_bits == pytest.approx(5, rel=1e-12)
     assert made.fitting
 
@@ -155,12 +159,20 @@ def test_every_machine_runs_some_measured_rows():
     for starts in summary.RUNS_ON.values():
         for start in starts:
             assert any(name.startswith(start) for name in names), start
+    for program, start in summary.NOTES:
+        assert any(each.startswith(start) for each in summary.RUNS_ON[program]), start
+
+
+def test_the_file_that_the_model_came_in_is_not_compared():
+    rows = table(row("GGUF Q4_1", 5, 0.2), row(summary.AS_IT_CAME, 5, 0.0))
+    assert list(summary.comparable(rows)) == ["GGUF Q4_1"]
+    assert summary.AS_IT_CAME in summary.rows()
 
 
 @pytest.mark.slow
 def test_the_panel_over_its_whole_grid():
-    rows = summary.rows()
-    panel = explore_choice(rows)
+    rows = summary.comparable(summary.rows())
+    panel = explore_choice(summary.rows())
     options = {
         name: [value[1] if isinstance(value, tuple) else value for value in control.options]
         for name, control in panel.controls.items()
@@ -177,9 +189,11 @@ def test_the_panel_over_its_whole_grid():
             assert best.kl.value <= view.most_kl
             assert best.name in view.readout
             assert best.bits_per_weight <= view.choice.most_bits
+            assert view.choice.note in view.readout.replace("\n", " ")
+            assert view.choice.takes_gb <= settings[list(options).index("memory_gb")]
     figure.update(view)
     assert figure.pixels().std() > 0
     text = panel.set(memory_gb=1)
-    assert "nothing fits" in text
+    assert "none of these rows fits" in text
     assert set(WISHES) == set(options["wish"])
     panel.close()

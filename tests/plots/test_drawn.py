@@ -247,6 +247,8 @@ def test_shared_scales_writes_the_errors_and_frames_what_shares_a_scale():
     assert len(errors.lines) == 2  # a frame a row
     assert np.ptp(errors.lines[0].get_xdata()) > 1.8
     assert "per row 0.25" in shown.alt
+    shades = [patch.get_alpha() for patch in errors.collections]
+    assert shades[0] < shades[1] < shades[2]  # the larger the error, the darker
 
 
 def test_largest_of_marks_the_groups():
@@ -258,8 +260,8 @@ def test_largest_of_marks_the_groups():
     assert "1.23 a row" in shown.alt
 
 
-def test_row_loudness_sorts_the_rows():
-    figure, shown = drawn(granularity.row_loudness, {"a": [3.0, 1.0, 2.0]})
+def test_row_absmax_sorts_the_rows():
+    figure, shown = drawn(granularity.row_absmax, {"a": [3.0, 1.0, 2.0]})
     assert points(figure.axes[0].lines[0]) == [(0, 1), (50, 2), (100, 3)]
     assert "a: 1.0 to 3.0" in shown.alt
 
@@ -283,18 +285,24 @@ def test_error_maps_share_a_scale():
     images = [ax.images[0] for ax in figure.axes[:2]]
     assert [image.get_array().tolist() for image in images] == [[[0.5] * 2] * 2, [[0.25] * 2] * 2]
     assert images[0].norm is images[1].norm
+    assert (images[0].norm.vmin, images[0].norm.vmax) == granularity.ERROR_RANGE
     assert [ax.get_title() for ax in figure.axes[:2]] == ["a", "b"]
     assert "a 50.0%, b 25.0%" in shown.alt
 
 
 def test_frontier_is_drawn_below_the_curves():
-    pairs = [(3.0, 0.2), (2.0, 0.5)]
+    pairs = [(3.0, 0.2), (2.0, 0.5), (2.5, 0.3)]
     figure, shown = drawn(granularity.frontier, {"absmax": {2: pairs}, "affine": {2: pairs}}, pairs)
     front, *curves = figure.axes[0].lines
-    assert [points(line) for line in (front, *curves)] == [[(2, 0.5), (3, 0.2)]] * 3
+    assert points(front) == [(2, 0.5), (2.5, 0.3), (3, 0.2)]
+    for curve in curves:  # per tensor stands alone
+        first, gap, *rest = points(curve)
+        assert first == (2, 0.5)
+        assert np.isnan(gap).all()
+        assert rest == [(2.5, 0.3), (3, 0.2)]
     assert [line.get_label() for line in curves] == ["absmax", "affine"]
     assert texts(figure.axes[0]) == ["2 bits"]
-    assert "2 of 4 settings" in shown.alt
+    assert "3 of 6 settings" in shown.alt
 
 
 # --- notebook 03 ------------------------------------------------------------------------------
@@ -304,8 +312,10 @@ def test_code_counts_marks_the_unused():
     figure, shown = drawn(codebooks.code_counts, [0, *range(1, 16)])
     (ax,) = figure.axes
     assert [bar.get_height() for bar in ax.patches] == list(range(16))
-    assert [(text.get_text(), text.get_position()[0]) for text in ax.texts] == [("never\nused", -8)]
-    assert "15 of 16 codes occur; never used: -8." in shown.alt
+    said = [(text.get_text(), text.get_position()[0]) for text in ax.texts]
+    assert said[0] == ("never\nused", -8)
+    assert said[1:] == [(str(code + 8), code) for code in range(-7, 8)]
+    assert "15 of 16 codes occur; never used: -8. Weights with code -7: 1, with 7: 15." in shown.alt
 
 
 def test_bit_stream_writes_bits_codes_and_bytes():
@@ -328,16 +338,40 @@ def test_code_books_are_rows_of_levels():
     assert "absmax gaps from 0.143 to 0.143" in shown.alt
 
 
-def test_storage_bars_start_where_the_axis_says():
+def test_code_books_say_where_levels_lie_too_near():
+    near = np.array([-1, -0.005, 0, 0.005, 1])
+    figure, _ = drawn(codebooks.code_books, {"nf4": nf4_code_book(), "fp4": near})
+    assert texts(figure.axes[0]) == ["3 levels here"]
+
+
+def test_storage_bars_show_the_scales_alone():
     rows = {"NF4": {"codes": 4.0, "scales": 0.5}, "both": {"codes": 4.0, "second level": 0.002}}
     figure, shown = drawn(codebooks.storage_bars, rows)
     (ax,) = figure.axes
-    assert [bar.get_width() for bar in ax.patches] == pytest.approx([4, 0.5, 4, 0.002])
-    assert texts(ax) == ["4.5", "4.002"]
-    assert f"the axis starts at {ax.get_xlim()[0]}" in ax.get_xlabel()
+    assert [bar.get_width() for bar in ax.patches] == pytest.approx([0.5, 0.002])
+    assert texts(ax) == ["0.5", "0.002"]
+    assert ax.get_xlim()[0] == 0
+    assert tick_words(ax.yaxis) == ["NF4: 4.5 bits", "both: 4.002 bits"]
     words = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert words == ["codes", "scales", "second level (0.002: too thin to see)"]
+    assert words == ["scales", "second level (0.002: too thin to see)"]
     assert "NF4 4.5 (codes 4, scales 0.5)" in shown.alt
+
+
+def test_equal_bits_joins_blocks_of_one_size():
+    curves = {
+        "affine": ("affine", [(32, 4.6, 0.08), (64, 4.3, 0.1)]),
+        "NF4, double quantization": ("nf4", [(64, 4.1, 0.09), (32, 4.25, 0.085)]),
+    }
+    figure, shown = drawn(codebooks.equal_bits, curves)
+    (ax,) = figure.axes
+    first, second, affine, double = ax.lines
+    assert points(first) == [(4.25, 0.085), (4.6, 0.08)]  # blocks of 32
+    assert points(second) == [(4.1, 0.09), (4.3, 0.1)]
+    assert texts(ax) == ["32", "64"]
+    assert [text.xy for text in ax.texts] == [(4.6, 0.08), (4.3, 0.1)]
+    assert points(affine) == [(4.6, 0.08), (4.3, 0.1)]
+    assert double.get_linestyle() == "--"
+    assert "affine 0.1 at 4.3 bits; NF4, double quantization 0.085 at 4.25 bits" in shown.alt
 
 
 def test_error_chart_has_a_dot_for_each():
@@ -459,7 +493,7 @@ def test_code_bars_count():
 
 
 def test_pareto_has_a_point_for_each_row():
-    rows = summary.rows()
+    rows = summary.comparable(summary.rows())
     front = summary.front(rows)
     figure, shown = drawn(summary_plots.pareto, rows, front)
     edge, *lines = figure.axes[0].lines
@@ -471,20 +505,47 @@ def test_pareto_has_a_point_for_each_row():
         {(row.bits_per_weight, max(row.kl.value, least)) for row in rows.values()}
     )
     assert points(edge) == [(row.bits_per_weight, max(row.kl.value, least)) for row in front]
-    assert all(each.name in shown.alt for each in front)
+    assert f"{len(rows)} rows" in shown.alt
+    assert f"the {len(front)} rows that no other row beats" in shown.alt
     assert {each.family for each in rows.values()} <= set(summary_plots.FAMILIES)
     for family, method in summary_plots.FAMILIES.items():
         assert method_named(family) in (None, method)
 
 
+def test_the_named_part_has_names_and_intervals():
+    rows = summary.comparable(summary.rows())
+    front = summary.front(rows)
+    figure, shown = drawn(summary_plots.pareto_named, rows, front, others=["NF4"])
+    (ax,) = figure.axes
+    inside = [row for row in rows.values() if 3 <= row.bits_per_weight <= 6.5 and row.kl.value <= 2]
+    marked = {point for line in ax.lines[1:] for point in points(line)}
+    assert marked == {(row.bits_per_weight, row.kl.value) for row in inside}
+    bars = [s for lines in ax.collections for s in lines.get_segments()]
+    expected = sorted(row.kl.interval for row in inside)
+    np.testing.assert_allclose(sorted(tuple(bar[:, 1]) for bar in bars), expected)
+    named = {text.xy: text.get_text() for text in ax.texts}
+    assert set(named) == {
+        (row.bits_per_weight, row.kl.value) for row in inside if row in front or row.name == "NF4"
+    }
+    awq = rows["AWQ INT4, groups of 64"]
+    assert named[awq.bits_per_weight, awq.kl.value] == "AWQ INT4 g64"
+    assert all(row.name in shown.alt for row in front if row in inside)
+
+
 def test_loss_over_size_has_curves_and_our_points():
     figure, shown = drawn(
         summary_plots.loss_over_size,
-        {"GPTQ, OPT": ("gptq", {0.1: 30.0, 100.0: 0.5})},
+        {"GPTQ, OPT": ("gptq", {0.1: 30.0, 1.0: 250.0, 100.0: 0.5})},
         {"round to nearest, ours": ("nearest", (0.135, 25.0))},
     )
     (ax,) = figure.axes
-    assert points(line_of(ax, "GPTQ, OPT")) == [(0.1, 30), (100, 0.5)]
+    left, gap, right = points(line_of(ax, "GPTQ, OPT"))
+    assert (left, right) == ((0.1, 30), (100, 0.5))
+    assert np.isnan(gap[1])  # no line leads to what lies beyond the axis
+    (arrow,) = arrows_of(ax)
+    assert arrow.get_position()[0] == 1
+    assert "250%" in texts(ax)
+    assert "GPTQ, OPT, arrow: 250% at 1 billion" in shown.alt
     assert points(line_of(ax, "round to nearest, ours")) == [(0.135, 25)]
     assert "GPTQ, OPT: 30% at 0.1 billion, 0.5% at 100 billion" in shown.alt
     assert "round to nearest, ours: 25% at 0.135 billion" in shown.alt
