@@ -42,11 +42,11 @@ def choice(
         alt = f"{title}: {why}."
     else:
         said += [
-            ("least KL among them", f"{best.name}: {best.bits_per_weight:.2f} bits per weight"),
-            ("KL", f"{best.kl:.4f} nats per token, on the embedded model"),
+            ("least KL among them", f"{best.name}: {best.kl:.4f} on the embedded model"),
             (
                 "takes",
-                f"{made.takes_gb:.1f} of {memory_gb:g} GB, with the cache of {context} tokens",
+                f"{made.takes_gb:.1f} of {memory_gb:g} GB, at {best.bits_per_weight:.2f} bits per "
+                f"weight and with the cache of {context} tokens",
             ),
         ]
         alt = (
