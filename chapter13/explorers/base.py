@@ -76,8 +76,24 @@ _READOUT = (
 _CELL = "padding: 0 14px 0 0; border: 0; text-align: left; vertical-align: top"
 _LABEL = f"{_CELL}; font-weight: normal; white-space: nowrap"
 _VALUE = f"{_CELL}; white-space: pre-wrap"
+PANEL = "chapter13-explorer"  # the class of a panel in the page
+# To JupyterLab a focused slider or dropdown is no text field: the letter m typed there makes the
+# cell Markdown, and d d deletes it. So each key that a control gets is marked as none of
+# JupyterLab's, but for Shift+Enter and those with Ctrl, Alt or Cmd. (A style's `onload` is the one
+# way for a widget without JavaScript of its own to run some.)
+_KEYS = f"""
+if (!window.chapter13) {{
+  window.chapter13 = true;
+  window.addEventListener('keydown', event => {{
+    const shortcut = event.ctrlKey || event.metaKey || event.altKey
+      || (event.shiftKey && event.key === 'Enter');
+    if (event.target.closest?.('.{PANEL}'))
+      event.target.toggleAttribute('data-lm-suppress-shortcuts', !shortcut);
+  }}, true);
+}}"""
 # room for the longest value that a slider shows, or its track would change while it is dragged
-_SLIDERS = "<style>.widget-hslider .widget-readout { min-width: 7.4em }</style>"
+_SLIDERS = ".widget-hslider .widget-readout { min-width: 7.4em }"
+_PAGE = f'<style onload="{html.escape(_KEYS)}">{_SLIDERS}</style>'
 
 
 class Readout(str):
@@ -164,6 +180,7 @@ class Explorer(widgets.VBox):
         self._text = widgets.HTML()
         self._nothing = widgets.Box(layout=widgets.Layout(display="none"))
         super().__init__([bar, self._picture, self._text])
+        self.add_class(PANEL)
         shown = (*self.controls.values(), bar, self._picture, self._text, self._nothing)
         styles = [widget.style for widget in shown if hasattr(widget, "style")]
         self._parts = (*shown, *styles, *(widget.layout for widget in (*shown, self)))
@@ -291,7 +308,7 @@ class Explorer(widgets.VBox):
             self._picture.value = png
             self._picture.tooltip = alt
         shown = readout.html if isinstance(readout, Readout) else _paragraph(readout)
-        self._text.value = _SLIDERS + shown
+        self._text.value = _PAGE + shown
 
     def _repr_mimebundle_(self, **kwargs):
         """The widget, and beside it what a viewer without a kernel shows: picture and readout."""

@@ -74,6 +74,17 @@ def check_outputs(notebook):
                 assert output["metadata"]["image/png"]["alt"], f"a picture without words:\n{source}"
 
 
+def letters_stay_in(panel, page):
+    """Types on every control what would delete a cell, make it Markdown, and add one above it."""
+    cells = f"{NOTEBOOK}.content.widgets.map(cell => cell.model.type + cell.model.id)"
+    before = page.evaluate(cells)
+    for control in panel.locator(".noUi-handle, select, input, button").all():
+        if control.is_visible() and control.is_enabled():
+            control.focus()
+            page.keyboard.type("ddma")
+    assert page.evaluate(cells) == before
+
+
 def the_next_day(page, lab, name):
     """Saves the notebook, ends its kernel and opens it again: each panel has left its picture."""
     live = page.evaluate(f"{NOTEBOOK}.context.model.toJSON()")
@@ -123,6 +134,7 @@ def test_explorer_moves_in_jupyterlab(path, browser, lab):
         if path == NOTEBOOKS[0]:  # the mouse works alike everywhere
             moved(panel, lambda: drag(page, handle, -60 if at_end else 60))
         assert panel.locator("img").get_attribute("title"), "a picture without words"
+        letters_stay_in(panel, page)
         panel.screenshot(path=SCREENSHOTS / f"{path.stem}_panel.png")
         the_next_day(page, lab, path.name)
         assert not outside, f"requests to the outside: {outside}"
