@@ -1,7 +1,7 @@
 """The explorer of notebook 02: where the error of a layer lies, and what less of it costs in bits.
 
 At each move the whole layer is quantized with the settings, and all numbers are of that. The curves
-behind the marked point, all bits and group sizes, take a hundred times as long: they are computed
+behind the marked point, for BITS and GROUP_SIZES, take a hundred times as long: they are computed
 when a layer is chosen, and kept.
 """
 
@@ -31,7 +31,7 @@ from chapter13.tensors import pieces
 BITS = range(2, 9)
 # from one scale for all to many; 128 and 192 divide some layers' rows only
 GROUP_SIZES = [None, "channel", 192, 128, 96, 64, 48, 32, 16]
-LAYERS = [  # of the embedded model: loud rows, loud columns, and a tame one
+LAYERS = [  # of the embedded model: with outlier rows, with outlier columns, and one without
     "model.layers.29.self_attn.q_proj.weight",
     "model.layers.0.self_attn.o_proj.weight",
     "model.layers.1.mlp.down_proj.weight",
@@ -143,7 +143,7 @@ def view(layer: Layer, bits: int, group_size: int | str | None, affine: bool) ->
         alt=(
             f"Left: the layer's errors with {'affine' if affine else 'absmax'} grids of {bits} "
             f"bits, {group_words(group_size)}. Right: relative RMSE against bits per weight for 2 "
-            f"to 8 bits and all group sizes; marked: {relative:.2%} at "
+            f"to 8 bits and the group sizes that fit; marked: {relative:.2%} at "
             f"{quantized.bits_per_weight:.3f} bits."
         ),
     )
@@ -164,7 +164,9 @@ def explore_granularity(weight=None):
     if weight is None:
         model = linear_weights()
         weight = {name: model[name] for name in LAYERS}
-    loading = "measuring the layer at all bits and group sizes …"
+    loading = (
+        f"measuring the layer at {len(BITS)} numbers of bits, {len(GROUP_SIZES)} group sizes …"
+    )
     return explore(
         weight, controls, prepare, view, GranularityFigure(), kept=math.inf, loading=loading
     )

@@ -5,6 +5,7 @@ from statistics import NormalDist
 import numpy as np
 from matplotlib.collections import LineCollection
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import PercentFormatter
 
 from chapter13.plots.live import LiveFigure
 from chapter13.plots.picture import (
@@ -17,7 +18,9 @@ from chapter13.plots.picture import (
     new_figure,
     style,
 )
-from chapter13.plots.shapes import draw_dot_rows, draw_level_rows, stacked_bars
+from chapter13.plots.shapes import draw_curves, draw_dot_rows, draw_level_rows, stacked_bars
+
+LEVEL_WIDTH = 0.01  # of a bar in `code_books`, in units of absmax: nearer levels look like one
 
 
 def labels(methods):
@@ -25,28 +28,26 @@ def labels(methods):
 
 
 def code_counts(counts):
-    """counts: how many weights have each of the codes -8 to 7 -> bars; an unused code is marked."""
+    """counts: how many weights have each of the codes -8 to 7 -> bars with their numbers.
+
+    A code that no weight has is marked.
+    """
     counts, codes = np.asarray(counts), np.arange(-8, 8)
     unused = codes[counts == 0]
     with style():
         figure, ax = new_figure(width=10, height=3.2)
         ax.bar(codes, counts, **method_fill("absmax"))
-        for code in unused:
-            ax.text(
-                code,
-                counts.max() * 0.04,
-                "never\nused",
-                ha="center",
-                color=COLORS["highlight"],
-                fontsize=14,
-                weight="bold",
-            )
-        ax.set(xticks=codes, xlabel="code", ylabel="weights")
+        for code, count in zip(codes, counts.tolist(), strict=True):
+            look = {"color": COLORS["highlight"], "weight": "bold"} if count == 0 else {}
+            words = "never\nused" if count == 0 else f"{count:,}"
+            ax.text(code, count + counts.max() * 0.03, words, ha="center", fontsize=12, **look)
+        ax.set(xticks=codes, xlabel="code", ylabel="weights", ylim=(0, 1.15 * counts.max()))
         ax.grid(axis="x", visible=False)
         return Picture(
             figure,
             f"Bars: how many weights have each code. {np.count_nonzero(counts)} of 16 codes "
-            f"occur; never used: {', '.join(map(str, unused)) or 'none'}.",
+            f"occur; never used: {', '.join(map(str, unused)) or 'none'}. Weights with "
+            f"code -7: {counts[1]:,}, with 7: {counts[15]:,}.",
         )
 
 
@@ -157,6 +158,11 @@ def code_books(level_sets):
     with style():
         figure, ax = new_figure(width=10, height=3.2)
         draw_level_rows(ax, rows, looks)
+        for y, levels in enumerate(rows.values()):
+            close = np.flatnonzero(np.diff(levels) < LEVEL_WIDTH)
+            if len(close):  # their bars are drawn over each other
+                ax.text(levels[close + 1].mean(), y - 0.34, f"{len(close) + 1} levels here",
+                        ha="center", va="bottom", fontsize=12)  # fmt: skip
         ax.set(xlim=(-1.03, 1.03), xlabel="value / absmax")
         ax.grid(axis="x")
         ax.tick_params(axis="y", labelsize=14)
@@ -168,10 +174,16 @@ def code_books(level_sets):
 
 
 def storage_bars(rows):
-    """rows: label -> {part: bits per weight} -> stacked bars, the total at the end."""
-    names = {}
-    for part in dict.fromkeys(part for row in rows.values() for part in row):
-        most = max(row.get(part, 0) for row in rows.values())
+    """What scales cost: label -> {part: bits per weight} -> a bar of all parts but the codes.
+
+    The rows' labels are followed by their totals, codes included.
+    """
+    names, scales = {}, {}
+    for label, row in rows.items():
+        total = f"{label}: {sum(row.values()):.4g} bits"
+        scales[total] = {part: bits for part, bits in row.items() if part != "codes"}
+    for part in dict.fromkeys(part for row in scales.values() for part in row):
+        most = max(row.get(part, 0) for row in scales.values())
         names[part] = part if most > 0.01 else f"{part} ({most:.3f}: too thin to see)"
     told = "; ".join(
         f"{label} {sum(row.values()):.4g} ("
@@ -180,12 +192,11 @@ def storage_bars(rows):
         for label, row in rows.items()
     )
     return stacked_bars(
-        rows,
-        "bits per weight (the axis starts at 3.5)",
-        f"Bits per weight, part by part: {told}.",
+        scales,
+        "bits per weight for the scales, beside those of the codes",
+        f"Bars of the scales' bits per weight. Part by part: {told}.",
         names,
-        end="{:.4g}",
-        xlim=(3.5, 4.65),
+        end="{:.3g}",
     )
 
 
@@ -241,8 +252,9 @@ def error_sources(levels, x, scale):
             xlim=(0, 1),
             ylim=(0, 1.3 * top),
             xlabel="|weight| / absmax of its block",
-            ylabel="squared errors up to here\n/ all weights squared",
+            ylabel="squared error of weights\nup to this size",
         )
+        ax.yaxis.set_major_formatter(PercentFormatter(1))
         ax.legend(loc="upper left", ncols=3)
         told = "; ".join(
             f"{METHOD_LOOK[name].label} {curve[50]:.2g} up to 0.5 and {curve[-1]:.2g} in all"
@@ -250,8 +262,43 @@ def error_sources(levels, x, scale):
         )
         return Picture(
             figure,
-            f"Squared error of the weights up to a given size in their block, added up, over the "
-            f"sum of all weights squared: {told}.",
+            "Curves: the squared error of all weights up to a given size in their block, as a "
+            f"fraction of the squares of all weights: {told}.",
+        )
+
+
+def equal_bits(curves):
+    """Relative RMSE against bits per weight, points of one block size joined by a thin line.
+
+    curves: label -> (method, [(block size, bits per weight, relative RMSE), ...]).
+    """
+    sizes = {}
+    for _, points in curves.values():
+        for size, *place in points:
+            sizes.setdefault(size, []).append(place)
+    with style():
+        figure, ax = new_figure(width=10, height=4.4)
+        for size, places in sizes.items():
+            x, y = np.transpose(sorted(places))
+            ax.plot(x, y, ":", color=COLORS["text"], linewidth=1, zorder=1)
+            ax.annotate(f"{size}", (x[0], y[0]), (-10, -5), textcoords="offset points",
+                        ha="right", fontsize=12)  # fmt: skip
+        draw_curves(
+            ax, {label: (m, [p[1:] for p in ps]) for label, (m, ps) in curves.items()}, ms=8
+        )
+        ax.set(xlabel="bits per weight, scales included", ylabel="relative RMSE")
+        left = min(point[1] for _, points in curves.values() for point in points)
+        ax.set_xlim(left - 0.1, left + 1.4)  # beyond it lie float32 scales in the smallest blocks
+        ax.legend(loc="upper right", title="numbers: block size")
+        told = "; ".join(
+            f"{label} {error:.3g} at {bits:.4g} bits"
+            for label, (_, points) in curves.items()
+            for _, bits, error in [min(points, key=lambda point: abs(point[1] - 4.25))]
+        )
+        return Picture(
+            figure,
+            "Error against bits per weight, a curve for each method and a point for each block "
+            f"size, dotted lines between equal block sizes. Nearest to 4.25 bits: {told}.",
         )
 
 
@@ -271,8 +318,8 @@ class CodeBookFigure(LiveFigure):
             )
             for ax in self.axes:
                 ax.set_yticks([0, 0.5, 1])
-            top.set_title("the weights (gray) and the levels in use (color)")
-            bottom.set_title("where the squared error comes from")
+            top.set_title("Which levels do the weights take? (gray: weights, color: levels)")
+            bottom.set_title("From which weights does the squared error come?")
             self._weights = top.stairs(empty, bins, fill=True, color=COLORS["original"], alpha=0.55)
             self._levels = LineCollection([], capstyle="butt")
             top.add_collection(self._levels, autolim=False)

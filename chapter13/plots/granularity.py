@@ -1,7 +1,7 @@
 """The pictures of notebook 02: where errors lie, what decides a scale, and what a scale costs.
 
 Errors are drawn in percent of the root mean square of the weights they belong to, so that layers
-of different loudness can be compared.
+with weights of different size can be compared.
 """
 
 import numpy as np
@@ -24,6 +24,7 @@ from chapter13.plots.shapes import draw_rounding
 
 # told apart by colour-blind readers, and in gray; few steps keep the stored pictures small
 ERROR_MAP = colormaps["cividis"].resampled(10)
+ERROR_RANGE = 0.003, 1  # |error| / RMS of the weights: the ends of the color scale of all maps
 
 
 def shared_scales(weight, approximations):
@@ -38,7 +39,11 @@ def shared_scales(weight, approximations):
     with style():
         figure, axes = new_figure(10, 3.6, rows=2, cols=2)
         panels = {"the weights": (None, (rows, columns))} | approximations
-        errors = {}
+        errors = {
+            title: np.abs(np.asarray(approximation) - weight)
+            for title, (approximation, _) in approximations.items()
+        }
+        largest = max(values.max() for values in errors.values()) or 1.0
         for ax, (title, (approximation, shared)) in zip(axes.flat, panels.items(), strict=False):
             ax.set(xlim=(0, columns), ylim=(rows, 0), xticks=[], yticks=[], title=title)
             ax.grid(False)
@@ -46,10 +51,8 @@ def shared_scales(weight, approximations):
             if approximation is None:
                 values, shade = weight, np.zeros_like(weight)
             else:
-                values = np.abs(np.asarray(approximation) - weight)
-                # half of the largest quiet weight is lost: full color
-                shade = np.clip(values / 0.7, 0, 1)
-                errors[title] = values.mean()
+                values = errors[title]
+                shade = np.sqrt(values / largest)  # small errors can be seen beside large ones
             for row, column in np.ndindex(rows, columns):
                 strong = shade[row, column]
                 text = f"{values[row, column]:.1f}".removesuffix(".0")
@@ -70,11 +73,12 @@ def shared_scales(weight, approximations):
                     x = np.array([0.05, shared[1] - 0.05])[[0, 1, 1, 0, 0]] + left
                     y = np.array([0.07, shared[0] - 0.07])[[0, 0, 1, 1, 0]] + top
                     ax.plot(x, y, color=COLORS["text"], linewidth=2, clip_on=False)
-        said = "; ".join(f"{title} {error:.2f}" for title, error in errors.items())
+        said = "; ".join(f"{title} {values.mean():.2f}" for title, values in errors.items())
         return Picture(
             figure,
             alt=f"A {rows} by {columns} matrix and its absolute errors; a frame holds the "
-            f"weights that share a scale, blank cells are exact. On average: {said}.",
+            "weights that share a scale, blank cells are exact, the darker a cell the larger its "
+            f"error. On average: {said}.",
         )
 
 
@@ -111,8 +115,8 @@ def largest_of(sizes, expected, groups):
         )
 
 
-def row_loudness(layers):
-    """How loud the rows of matrices are: label -> (rows,) absmax / RMS of the matrix, any order."""
+def row_absmax(layers):
+    """The largest weights of rows: label -> (rows,) absmax / RMS of the matrix, in any order."""
     with style():
         figure, ax = new_figure(10, 3.3)
         said = []
@@ -123,7 +127,7 @@ def row_loudness(layers):
             said.append(f"{label}: {absmax[0]:.1f} to {absmax[-1]:.1f}")
         ax.set(
             yscale="log",
-            xlabel="rows, from the quietest to the loudest (%)",
+            xlabel="rows, sorted by their largest weight (%)",
             ylabel="largest |weight| of the row\n(× RMS of the matrix)",
         )
         set_ticks(ax.yaxis, [0.3, 0.5, 1, 2, 3, 5, 10, 20, 30, 50])
@@ -169,8 +173,7 @@ def error_maps(maps):
     maps = {title: np.asarray(values) for title, values in maps.items()}
     with style():
         figure, axes = new_figure(10, 4.2, cols=len(maps), sharey=True)
-        top = max(float(values.max()) for values in maps.values())
-        norm = LogNorm(top / 30, top)
+        norm = LogNorm(*ERROR_RANGE)
         for ax, (title, values) in zip(axes, maps.items(), strict=True):
             image = ax.imshow(
                 np.clip(values, norm.vmin, norm.vmax), norm=norm, cmap=ERROR_MAP, aspect="auto",
@@ -194,7 +197,8 @@ def error_maps(maps):
 def frontier(points, best):
     """Relative RMSE against bits per weight.
 
-    points: method ("absmax" or "affine") -> bits -> (bits per weight, relative RMSE) pairs.
+    points: method ("absmax" or "affine") -> bits -> (bits per weight, relative RMSE) pairs, the one
+    with the fewest bits per weight being per tensor: it stands alone, left of its curve.
     best: the pairs that no other beats in both, drawn as a line.
     """
     with style():
@@ -207,9 +211,10 @@ def frontier(points, best):
         )  # fmt: skip
         for method, curves in points.items():
             for bits, pairs in curves.items():
-                x, y = np.transpose(sorted(pairs))
+                x, y = _first_apart(sorted(pairs)).T
                 label = METHOD_LOOK[method].label if bits == max(curves) else None
-                ax.plot(x, y, ms=5, lw=1.5, label=label, **method_line(method))
+                look = {"lw": 1.5} | method_line(method, variant=method == "affine")
+                ax.plot(x, y, ms=5, label=label, **look | {"markeredgewidth": 1.2})
                 if method == "absmax":
                     ax.annotate(
                         f"{bits} bits", (x[0], y[0]), xytext=(0, 9), textcoords="offset points",
@@ -222,8 +227,8 @@ def frontier(points, best):
         return Picture(
             figure,
             alt="One curve for each number of bits and kind of grid: relative RMSE falls as "
-            f"smaller groups take more bits per weight. {len(best)} of "
-            f"{count} settings lie on the frontier.",
+            "smaller groups take more bits per weight; a point to the left of each curve is per "
+            f"tensor. {len(best)} of {count} settings lie on the frontier.",
         )
 
 
@@ -234,19 +239,20 @@ class GranularityFigure(LiveFigure):
         super().__init__(width=10, height=4, cols=2, width_ratios=[5, 6])
         errors, cost = self.axes
         with style():
-            norm = LogNorm(0.003, 1, clip=True)
+            norm = LogNorm(*ERROR_RANGE, clip=True)
             self._map = errors.imshow(
                 np.ones((2, 2)), norm=norm, cmap=ERROR_MAP, aspect="auto", extent=(0, 1, 0, 1),
                 interpolation="nearest",
             )  # fmt: skip
             errors.set(xticks=[], yticks=[], xlabel="input channels", ylabel="output channels")
-            errors.set_title("mean |error|, % of RMS weight")
+            errors.set_title("Where? |error|, % of RMS weight")
             errors.grid(False)
             errors.spines[:].set_visible(False)
             bar = self.figure.colorbar(self._map, ax=errors, pad=0.02, aspect=25)
             _percent_ticks(bar.ax.yaxis)
             cost.set(yscale="log", xlim=(1.7, 9.8), xlabel="bits per weight, scales included")
-            cost.set_title("relative RMSE, all bits and group sizes")
+            cost.set_title("What does less error cost in bits?")
+            cost.set_ylabel("relative RMSE")
             cost.set_xticks(range(2, 10))
             self._curves = [
                 cost.plot([], [], marker="o", markersize=4, linewidth=1.5)[0] for _ in range(2, 9)
@@ -269,9 +275,15 @@ class GranularityFigure(LiveFigure):
         looks = {True: method_line("affine" if view.affine else "absmax") | {"lw": 3}}
         looks[False] = {"color": COLORS["original"], "marker": "o", "lw": 1.2, "gid": None}
         for bits, (curve, points) in enumerate(zip(self._curves, view.curves, strict=True), 2):
-            curve.set_data(*points[~np.isnan(points[:, 0])].T)
+            curve.set_data(*_first_apart(points).T)
             curve.set(**looks[bits == view.bits])
         self._point.set_data([view.bits_per_weight], [view.relative_rmse])
+
+
+def _first_apart(points):
+    """The points (n, 2) without those that are NaN, and a gap behind the first: a line breaks."""
+    first, rest = np.split(np.asarray(points, float), [1])
+    return np.concatenate([first, [[np.nan, np.nan]], rest[~np.isnan(rest[:, 0])]])
 
 
 def _percent_ticks(axis):

@@ -368,7 +368,7 @@ def test_equal_bits_joins_blocks_of_one_size():
     assert points(first) == [(4.25, 0.085), (4.6, 0.08)]  # blocks of 32
     assert points(second) == [(4.1, 0.09), (4.3, 0.1)]
     assert texts(ax) == ["32", "64"]
-    assert [text.xy for text in ax.texts] == [(4.6, 0.08), (4.3, 0.1)]
+    assert [text.xy for text in ax.texts] == [(4.25, 0.085), (4.1, 0.09)]
     assert points(affine) == [(4.6, 0.08), (4.3, 0.1)]
     assert double.get_linestyle() == "--"
     assert "affine 0.1 at 4.3 bits; NF4, double quantization 0.085 at 4.25 bits" in shown.alt
