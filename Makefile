@@ -1,8 +1,8 @@
 # `make help` lists the targets. Another Python: make lab PYTHON=python3.12
-# A CPU-only torch on Linux: make lab TORCH_INDEX=<PyTorch's own index for CPU builds, see README.md>
+# A CPU-only torch on Linux: make lab TORCH_INDEX=<PyTorch's own index for CPU builds, see docs/install.md>
 PYTHON ?= python3
 TORCH_INDEX ?=
-# for `make peers`: AutoGPTQ has wheels for Python 3.10 and 3.11 alone
+# for `make peers`: AutoGPTQ's last wheels are for Python 3.11, and its other pins need 3.11
 PEER_PYTHON ?= $(PYTHON)
 
 VENV := .venv
@@ -90,13 +90,13 @@ mutants: data ## break the arithmetic in many small ways and count what the test
 
 peers: .peers/autogptq/installed .peers/gptqmodel/installed ## AutoGPTQ and GPTQModel, each in an environment of its own
 
-# An environment that cannot be had here is said to be missing, and does not stop the other one.
+# An environment that cannot be installed is reported and does not stop the other one.
 .peers/autogptq/installed: tools/peers/autogptq.txt
-	@if "$(PEER_PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 10), (3, 11)))'; then \
+	@if "$(PEER_PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then \
 		$(MAKE) --no-print-directory install-autogptq; \
 	else \
-		echo "AutoGPTQ is left out: it has wheels for Python 3.10 and 3.11, not for $$("$(PEER_PYTHON)" --version 2>&1)."; \
-		echo "Name one of these, if you have it: make peers PEER_PYTHON=python3.11"; \
+		echo "AutoGPTQ is left out: it needs Python 3.11, and this is $$("$(PEER_PYTHON)" --version 2>&1)."; \
+		echo "If you have Python 3.11, name it: make peers PEER_PYTHON=python3.11"; \
 	fi
 
 .peers/gptqmodel/installed: tools/peers/gptqmodel.txt

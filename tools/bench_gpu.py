@@ -53,8 +53,8 @@ LARGE = (  # in bfloat16, as such a model is stored
     "NF4, in bfloat16",
     "bitsandbytes NF4, double quantization",
 )
-TABLE_SECTION = markdown.section("gpu table", TARGET)
-LARGE_SECTION = markdown.section("gpu 7b", TARGET)
+TABLE_SECTION = markdown.section("gpu table", TARGET, "docs/gpu.md")
+LARGE_SECTION = markdown.section("gpu 7b", TARGET, "docs/gpu.md")
 PACKAGES = ("transformers", "bitsandbytes", "torchao")
 
 
@@ -145,7 +145,7 @@ def bench_large(device):
 def table_section(records):
     """The table of the embedded model on a GPU, from data/results.json."""
     record = records["gpu/table"]
-    rows = [("method", "perplexity", "KL, nats per token", "95%", "made in", "at most", "tokens/s")]
+    rows = [("method", "perplexity", "KL, nats per token", "95%", "made in", "peak memory")]
     for name, row in _measured(record["rows"], ON_GPU):
         low, high = row["kl"]["interval"]
         rows.append(
@@ -156,7 +156,6 @@ def table_section(records):
                 f"{low:.4f} to {high:.4f}",
                 f"{row['quantize_s']:.1f} s",
                 f"{row['quantize_peak_mb']} MB",
-                f"{row['tokens_per_s']:.1f}",
             )
         )
     where = markdown.where(record["environment"], "torch")
@@ -166,7 +165,7 @@ def table_section(records):
 def large_section(records):
     """The table of a 7B model on a GPU, from data/results.json."""
     record = records["gpu/7b"]
-    rows = [("format", "weights", "at most", "tokens/s", "bound", "made in")]
+    rows = [("format", "weights", "peak memory", "tokens/s", "bound", "made in")]
     for kind, run in _measured(record["formats"], LARGE):
         bound = record["bandwidth_gb_per_s"] * 1e3 / run["read_mb"]
         rows.append(

@@ -31,7 +31,7 @@ from tools import markdown
 from tools.measure import process_bytes
 
 TARGET = "make bench-large"
-EXAMPLE = markdown.section("example", TARGET, "README.md")
+EXAMPLE = markdown.section("example", TARGET, "docs/package.md")
 LARGE = markdown.section("large", TARGET)
 SEVEN = markdown.section("seven", TARGET)
 SHAPES = {  # blocks, hidden size, of the MLP, heads, of them with keys and values of their own
@@ -238,7 +238,7 @@ def bench_seven(work):
 
 
 def bench_example(work):
-    """The README's example: the embedded model by GPTQ, and what the evaluation prints."""
+    """The documented example: the embedded model by GPTQ, and what the evaluation prints."""
     run = Run("smollm2-135m", work / "smollm2-gptq", "gptq")
     assert run.code == 0
     command = [sys.executable, "-m", "chapter13", "evaluate", str(work / "smollm2-gptq")]
@@ -278,7 +278,7 @@ METHODS = {"absmax": "absmax", "gptq": "GPTQ, 16 x 256 tokens"}
 
 
 def example_section(records):
-    """What the README's two commands print, from data/results.json."""
+    """What the two documented commands print, from data/results.json."""
     example = records["cli/example"]
     printed = "\n".join(example["printed"])
     where = markdown.where(example["environment"])
@@ -298,8 +298,8 @@ def large_section(records):
     row("elapsed time", lambda one: f"{one['seconds'] / 60:.1f} minutes")
     row("CPU time", lambda one: f"{one['cpu_seconds'] / 60:.1f} minutes")
     row("anonymous memory while blocks are quantized", lambda one: f"{_blocks(one)} MB")
-    row("anonymous memory at most", lambda one: f"{one['anonymous_mb']} MB")
-    row("pages of mapped files beside it", lambda one: f"{one['file_mb']} MB")
+    row("peak anonymous memory", lambda one: f"{one['anonymous_mb']} MB")
+    row("mapped pages in memory, peak", lambda one: f"{one['file_mb']} MB")
     row("written", lambda one: f"{one['out_mb']} MB")
     return f"{markdown.table(rows)}\n"
 
@@ -313,8 +313,8 @@ def seven_section(records):
     def row(what, value):
         rows.append((what, *(value(one) for one in methods.values())))
 
-    row("a block, measured", lambda one: f"{one['seconds_per_block']:.0f} s")
-    row("anonymous memory at most, measured", lambda one: f"{one['anonymous_mb']} MB")
+    row("time per block, measured", lambda one: f"{one['seconds_per_block']:.0f} s")
+    row("peak anonymous memory, measured", lambda one: f"{one['anonymous_mb']} MB")
     row(f"{BLOCKS_OF_7B} blocks, extrapolated", lambda one: _long(one["seconds_of_7b"]))
     return f"{markdown.table(rows)}\n\n{markdown.where(record['environment'], 'torch')}\n"
 

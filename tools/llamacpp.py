@@ -31,7 +31,7 @@ PEER = ROOT / ".peers" / "llamacpp" / "bin" / "python"
 REFERENCE = ROOT / "tests" / "llamacpp.json"
 TARGET = "make llama"
 KEYS = {kind: f"llama.cpp {kind}" for kind in FILE_TYPES}
-SECTION = markdown.section("llama", TARGET)
+SECTION = markdown.section("llama", TARGET, "docs/peers.md")
 SEQUENCES, LENGTH, NEW = 4, 128, 24
 
 
@@ -127,8 +127,8 @@ def table_section(records: dict) -> str:
             "perplexity, ours",
             "KL of llama.cpp",
             "KL of Q8_0 inputs alone",
-            "same likeliest token",
-            "written alike",
+            "same top token",
+            "identical greedy tokens",
         )
     ]
     for kind, key in KEYS.items():

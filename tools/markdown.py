@@ -1,4 +1,4 @@
-"""Generated sections of README.md and MEASUREMENTS.md: tables between two comments.
+"""Generated sections of README.md and docs/*.md: tables between two comments.
 
 Only tables, and a line on machine and date, are generated; the sentences around them are written by
 hand.
@@ -23,7 +23,7 @@ class Section:
     file: str
 
 
-def section(name: str, command: str, file: str = "MEASUREMENTS.md") -> Section:
+def section(name: str, command: str, file: str = "docs/measurements.md") -> Section:
     return Section(
         f"<!-- {name}: written by `{command}`, do not edit -->\n", f"<!-- end of {name} -->", file
     )

@@ -52,7 +52,8 @@ LOADING = ("models.py", "corpus.py", "wiki.py")  # what they load is compared it
 KEYS = {kind.name: f"table/{kind.name}" for kind in TABLE}
 KEYS |= {kind.name: f"study/{kind.name}" for kind in STUDIES}
 PARTS_OF = dict.fromkeys(KEYS, PARTS) | {kind.name: ("quality",) for kind in STUDIES}
-SECTION = markdown.section("table", TARGET, "README.md")
+SECTION = markdown.section("table", TARGET)
+RESULT = markdown.section("result", TARGET, "README.md")
 
 
 def keys():
@@ -244,9 +245,17 @@ def line(name, part, measured):
     return f"{name:38}perplexity {perplexity:9.2f}   KL {kl:.4f}"
 
 
-# --- the README ------------------------------------------------------------------------------
+# --- the documents ---------------------------------------------------------------------------
 
 IN_README = (
+    "BF16",
+    "INT8 weights, per channel",
+    "AWQ INT4, groups of 64",
+    "GPTQ INT4, groups of 64, clip search",
+    "NF4, double quantization",
+    "GGUF MXFP4",
+)
+IN_DOCS = (
     "FP32",
     "BF16",
     "INT8 weights, per channel",
@@ -272,8 +281,8 @@ IN_README = (
 
 
 def table_section(records):
-    """The README's summary table, from data/results.json."""
-    rows = [(name, records[KEYS[name]]) for name in IN_README]
+    """The summary table of docs/measurements.md, from data/results.json."""
+    rows = [(name, records[KEYS[name]]) for name in IN_DOCS]
     where = {
         part: "; ".join(sorted({markdown.where(row[part]["environment"]) for _, row in rows}))
         for part in PARTS
@@ -299,6 +308,24 @@ def table_section(records):
     return f"{markdown.table(table)}\n\n{words}\n"
 
 
+def result_section(records):
+    """The README's one result, from data/results.json."""
+    table = [("method", "bits per weight", "perplexity", "KL, nats per token", "95%")]
+    for name in IN_README:
+        cost, quality = (records[KEYS[name]][part] for part in PARTS)
+        low, high = quality["kl"]["interval"]
+        table.append(
+            (
+                name,
+                f"{cost['bits_per_weight']:.2f}",
+                f"{quality['perplexity']['value']:.2f}",
+                f"{quality['kl']['value']:.3f}",
+                f"{low:.3f} to {high:.3f}",
+            )
+        )
+    return f"{markdown.table(table)}\n"
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -321,8 +348,9 @@ def main():
     parts = [arguments.only] if arguments.only else list(PARTS)
     failed = measure_all(rows, parts, arguments.again)
     records = results.load()
-    if all(is_current(records, FORMATS[name], part) for name in IN_README for part in PARTS):
+    if all(is_current(records, FORMATS[name], part) for name in IN_DOCS for part in PARTS):
         markdown.write(SECTION, table_section(records))
+        markdown.write(RESULT, result_section(records))
     if failed:
         sys.exit(f"not measured: {', '.join(failed)}")
 

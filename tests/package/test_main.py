@@ -672,8 +672,9 @@ def test_help_and_no_command(capsys):
     assert ended.value.code == 2
 
 
-def test_the_readmes_commands_are_commands():
-    text = (markdown.ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["README.md", "docs/package.md"])
+def test_documented_commands_are_commands(name):
+    text = (markdown.ROOT / name).read_text(encoding="utf-8")
     lines = re.findall(r"(?m)^(?:\S*/)?python -m chapter13 (.+)$", text)
     assert len(lines) >= 2
     for line in lines:

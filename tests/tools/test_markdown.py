@@ -8,6 +8,7 @@ from tools import bench, bench_gpu, bench_large, llamacpp, markdown, table
 SECTION = markdown.section("speed", "make speed", "A.md")
 GENERATED = {
     table.SECTION: table.table_section,
+    table.RESULT: table.result_section,
     bench.SECTION: bench.layer_section,
     bench.MODELS_SECTION: bench.models_section,
     bench_gpu.TABLE_SECTION: bench_gpu.table_section,
@@ -24,10 +25,12 @@ def test_no_section_is_stale(section):
 
 
 def test_every_section_is_held_here():
-    for name in ("README.md", "MEASUREMENTS.md"):
-        text = (markdown.ROOT / name).read_text(encoding="utf-8")
+    files = [markdown.ROOT / "README.md", *(markdown.ROOT / "docs").glob("*.md")]
+    names = {file.relative_to(markdown.ROOT).as_posix(): file for file in files}
+    assert {section.file for section in GENERATED} <= set(names)
+    for name, file in names.items():
         ours = [section for section in GENERATED if section.file == name]
-        assert text.count("do not edit -->") == len(ours)
+        assert file.read_text(encoding="utf-8").count("do not edit -->") == len(ours), name
 
 
 @pytest.fixture
