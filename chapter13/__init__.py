@@ -1,8 +1,8 @@
 """Companion package of the course on post-training quantization of language models.
 
-The six functions of the book's chapter, and the general ones that the notebooks build on. Reading
-order: packing, tensors, integer, codebook, then whole_model's layers and linear, quantize,
-evaluate.
+It contains the six functions of the book's chapter and the general functions that the notebooks
+build on. Reading order: packing, tensors, integer, codebook, then whole_model's layers and linear,
+quantize, evaluate.
 """
 
 from chapter13.codebook import quantize_codebook

@@ -1,4 +1,4 @@
-"""A file that appears whole or not at all."""
+"""Atomic writes: a file appears complete or not at all."""
 
 import os
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
-    """The path of a file beside `path` to write to, which gets its name when all went well.
+    """Gives a temporary path beside `path` to write to; it replaces `path` if there is no error.
 
-    A reader sees the old file or the new one, never half of one. Any error leaves the old one.
+    A reader sees the old file or the new one, never part of one. An error leaves the old file.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

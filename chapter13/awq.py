@@ -1,4 +1,4 @@
-"""AWQ: before rounding, scale up the weights that meet large activations.
+"""AWQ: before rounding, scale up the weights that multiply large activations.
 
 Lin et al. 2023, https://arxiv.org/abs/2306.00978, with the paper's symbols. A linear layer computes
 W x. Column j of W is multiplied by s_j and channel j of x divided by it, which changes nothing
@@ -6,22 +6,24 @@ until W is rounded:
 
     W x  ~  Q(W diag(s)) diag(s)^-1 x
 
-The error of a rounded weight is about the same before and after, since it depends on its group's
-range; so the error that channel j leaves in the output shrinks by s_j. But the range grows
-when a column is scaled up too far. Hence a search with one parameter:
+The rounding error of a weight depends on the range of its group, so it is about the same before and
+after; the error that channel j causes in the output therefore shrinks by s_j. But a column that is
+scaled up too far widens the range. Hence a search over one parameter:
 
     s = mean|x|^r         r = 0, .05, .. .95: the one with the least squared error of the output
 
-The division of x is folded into the norm or linear layer before (`whole_model/awq_block.py`), so
-that it costs nothing. Then each group's range is clipped where that lowers the error. Only s and
-the clipping are learned: each weight is still rounded to the nearest point of its grid.
+The division of x is folded into the preceding norm or linear layer (`whole_model/awq_block.py`), so
+it costs nothing at run time. Then each group's range is clipped where that lowers the error. Only s
+and the clipping are learned: each weight is still rounded to the nearest point of its grid.
 
-This follows the authors' code, and AutoAWQ's without its "duo scaling", except in two points. Their
-later blocks learn from inputs of the unquantized model; ours from those of the quantized blocks
-before, as our GPTQ does. Their grid spans each group's smallest to largest weight, also where both
-have one sign; the zero point of such a grid lies outside of 0 to 2**bits - 1, they clamp it, and
-the codes saturate. Ours spans zero as well, as `quantize_affine`; the two are the same wherever a
-group has both signs. Their grid also widens any range below 1e-5.
+This follows the authors' code, and AutoAWQ's without its "duo scaling", with these differences:
+
+- their later blocks learn from the inputs of the unquantized model; ours learn from the outputs of
+  the quantized blocks before them, like our GPTQ
+- their grid runs from a group's smallest to its largest weight, even if both have the same sign.
+  The zero point of such a grid is outside 0 to 2**bits - 1; they clamp it, and codes saturate. Our
+  grid always includes zero, as in `quantize_affine`. A group with both signs gets the same grid
+- their grid widens any range below 1e-5
 """
 
 from collections.abc import Callable, Iterable
@@ -34,25 +36,25 @@ from chapter13.tensors import grouped
 
 RATIOS = tuple(step / 20 for step in range(20))  # r
 CLIP_FRACTIONS = tuple(1 - step / 20 for step in range(10))  # of a group's largest magnitude
-CLIP_TOKENS = 512  # at most, when the clip fraction is searched
+CLIP_TOKENS = 512  # used at most in the search for clip fractions
 
 
 class ScaleSearch(NamedTuple):
-    """What `search_scale` found."""
+    """The result of `search_scale`."""
 
     s: torch.Tensor
     """float32 (in_features,): the best scales."""
     r: float
     """Their exponent."""
     losses: tuple[float, ...]
-    """The mean squared error of the output for each r in RATIOS; inf where no grid can be held."""
+    """The mean squared error of the output for each r in RATIOS; inf if there is no valid grid."""
 
 
 def scales(activation: torch.Tensor, r: float) -> torch.Tensor:
     """s = activation^r, at least 1e-4, over sqrt(max s * min s): float32 (in_features,).
 
-    `activation`: mean |x| of each input channel. The division leaves what counts, the ratios, and
-    keeps s around 1. r = 0 gives ones.
+    `activation`: mean |x| of each input channel. The division keeps s around 1 and does not change
+    the ratios between channels. r = 0 gives ones.
     """
     s = activation.float().pow(r).clamp(min=1e-4)
     return s / (s.max() * s.min()).sqrt()
@@ -66,13 +68,13 @@ def search_scale(
     group_size: int | str = 64,
     scale_dtype: torch.dtype = torch.float16,
 ) -> ScaleSearch:
-    """The r in RATIOS whose scales lose least of an output; of equal ones the first.
+    """The r in RATIOS whose scales give the least output error; the first if several are equal.
 
-    `activation`: as `scales` takes it. `weights`: of all linear layers that read these channels,
-    each (out_features, in_features). `output(weights)`: what should stay, with these weights in
-    place; any number of tensors.
+    `activation`: as in `scales`. `weights`: of all linear layers that read these channels, each
+    (out_features, in_features). `output(weights)`: the output to preserve, computed with these
+    weights; any number of tensors.
 
-    Raises as `quantize_affine`, and ValueError where the output is not finite.
+    Raises as `quantize_affine`, and ValueError if the output is not finite.
     """
     exact = list(output(weights))
     losses = []
@@ -81,9 +83,9 @@ def search_scale(
         try:
             tried = [round_affine(W * s, bits, group_size, scale_dtype) / s for W in weights]
         except ValueError:
-            if r == 0:  # the weights as they are
+            if r == 0:  # the unscaled weights
                 raise
-            losses.append(torch.inf)  # scaled beyond what float16 scales can hold
+            losses.append(torch.inf)  # the grid's scales would be beyond float16
             continue
         losses.append(_mse(exact, output(tried)))
     if not torch.tensor(losses[0]).isfinite():
@@ -101,16 +103,17 @@ def search_clip(
 ) -> torch.Tensor:
     """The magnitude at which each group is best clipped: float32 (out_features, groups, 1).
 
-    Of CLIP_FRACTIONS of the group's largest magnitude, the one with the least squared error of
-    what the group adds to the output; of equal ones the largest. `weight`: (out_features,
-    in_features), `inputs`: (tokens, in_features), of which CLIP_TOKENS are used at most, evenly
-    spread. `weight.view(out, groups, -1).clamp(-limit, limit)` clips. Raises as `quantize_affine`.
+    Tries CLIP_FRACTIONS of the group's largest magnitude and takes the one with the least squared
+    error in the group's contribution to the output; the largest if several are equal. `weight`:
+    (out_features, in_features), `inputs`: (tokens, in_features), of which at most CLIP_TOKENS are
+    used, evenly spread. `weight.view(out, groups, -1).clamp(-limit, limit)` clips. Raises as
+    `quantize_affine`.
     """
     groups = grouped(weight.float(), group_size)
     W = groups.reshape(len(weight), -1, groups.shape[1])
     x = spread(inputs).float()
     x = x.view(len(x), *W.shape[1:]).transpose(0, 1)
-    # |x d|^2 summed over tokens is d^T (x^T x) d: a matrix as wide as a group in place of all x
+    # |x d|^2 summed over tokens is d^T (x^T x) d: a matrix of the group's width replaces all x
     gram = x.transpose(1, 2) @ x
     largest = W.abs().amax(2, keepdim=True)
     limit, least = largest, torch.full_like(largest, torch.inf)
@@ -141,7 +144,7 @@ def round_affine(
 
 
 def spread(inputs: torch.Tensor) -> torch.Tensor:
-    """At most CLIP_TOKENS of all tokens (tokens, in_features), at equal distances."""
+    """At most CLIP_TOKENS of all tokens (tokens, in_features), evenly spaced."""
     return inputs[:: -(-len(inputs) // CLIP_TOKENS)]
 
 

@@ -1,9 +1,9 @@
-"""Code books: NF4 and FP4 in blocks, and double quantization, bit for bit as bitsandbytes.
+"""Code books: NF4 and FP4 in blocks, and double quantization, bit for bit as in bitsandbytes.
 
-A code is an index into a table of 16 values between -1 and 1; a block of the flattened weight is
-divided by its absmax first. NF4 (Dettmers et al. 2023, QLoRA) spaces the values so that each gets
-the same share of a normal distribution; FP4 is a tiny floating-point format. Double quantization
-quantizes the absmax values themselves to 8 bits.
+A code is an index into a table of 16 values between -1 and 1; each block of the flattened weight is
+first divided by its absmax. The values of NF4 (Dettmers et al. 2023, QLoRA) are quantiles of the
+normal distribution; FP4 is bitsandbytes' own 4-bit floating-point table, not E2M1. Double
+quantization quantizes the absmax values themselves to 8 bits.
 """
 
 import torch
@@ -18,7 +18,7 @@ from chapter13.tensors import (
     pieces,
 )
 
-_TINY = 1e-38  # an absmax below this counts as this much, or its reciprocal would be infinite
+_TINY = 1e-38  # a smaller absmax is raised to this, so that its reciprocal stays finite
 _SCALES_PER_BLOCK = 256  # double quantization: this many absmax values share one scale
 
 
@@ -29,7 +29,7 @@ def quantize_codebook(
 
     Any shape. Packed bytes, absmax and dequantized values equal those of bitsandbytes'
     `quantize_4bit(weight, blocksize=block_size, quant_type=kind, compress_statistics=double_quant)`
-    on a CPU, which takes block sizes 32, 64, ... 4096; here any size does. `.scale` is the float32
+    on a CPU, which takes block sizes 32, 64, ... 4096; here any size works. `.scale` is the float32
     absmax of each block, (blocks,). Raises TypeError if the weight is not a floating-point tensor,
     ValueError if it is empty or holds NaN or Inf, for another kind, for a block size that is not a
     positive int, and if double quantization would overflow.
@@ -57,7 +57,7 @@ def quantize_codebook(
 
 
 def _block_absmax(flat: torch.Tensor, block_size: int) -> torch.Tensor:
-    """max|w| of each block in float32; a short last block counts as 1e-38 at least."""
+    """max|w| of each block in float32; that of a short last block is at least 1e-38."""
     whole = flat.numel() // block_size
     blocks = flat[: whole * block_size].view(whole, block_size)
     absmax = torch.maximum(blocks.amax(1), -blocks.amin(1)).abs().float()  # -amin of zeros is -0
@@ -68,10 +68,10 @@ def _block_absmax(flat: torch.Tensor, block_size: int) -> torch.Tensor:
 
 
 def _nearest_in_blocks(flat, absmax, block_size, code_book):
-    """The codes nearest to w / absmax, uint8, flat; with an odd count one more, which means zero.
+    """The codes nearest to w / absmax, uint8, flat; if their number is odd, one more for zero.
 
-    Whole blocks are multiplied by the reciprocal, a short last block is divided: bitsandbytes does
-    so, and the last bit decides the code of a weight that lies next to a midpoint.
+    Whole blocks are multiplied by the reciprocal, a short last block is divided, as in
+    bitsandbytes: the last bit can decide the code of a weight next to a midpoint.
     """
     order = code_book.argsort(stable=True)  # FP4's codes do not ascend
     ascending = code_book[order]
@@ -94,9 +94,9 @@ def _nearest_in_blocks(flat, absmax, block_size, code_book):
 def _nearest(scaled: torch.Tensor, midpoints: list[float], order: list[int]) -> torch.Tensor:
     """The code of the value nearest to each number, as float; a tie goes to the lower value.
 
-    `order` holds the codes by ascending value. Passing a midpoint changes the code from one to the
-    next in that order. Fifteen comparisons that stay in the cache beat a binary search by far, and
-    in torch a comparison is fastest when its answer is a float.
+    `order` holds the codes by ascending value. Each midpoint that is passed changes the code to the
+    next in that order. Fifteen comparisons in the cache are much faster than a binary search, and
+    torch compares fastest if the result is a float.
     """
     codes = torch.full_like(scaled, order[0])
     above = torch.empty_like(scaled)
@@ -106,7 +106,7 @@ def _nearest(scaled: torch.Tensor, midpoints: list[float], order: list[int]) -> 
 
 
 def _quantize_scales(absmax: torch.Tensor) -> tuple[QuantizedTensor, torch.Tensor]:
-    """Double quantization: the absmax values less their mean, in 8 bits, and that mean.
+    """Double quantization: the absmax values minus their mean in 8 bits, and that mean.
 
     bitsandbytes' CPU code first rounds absmax / scale to one of 65536 equal steps from -1 to 1,
     then takes the nearest code. Without that rounding some codes next to a midpoint would differ.

@@ -1,8 +1,8 @@
-"""Tokens to calibrate and to evaluate with, from texts that have nothing in common.
+"""Tokens for calibration and for evaluation, from texts that have nothing in common.
 
-Evaluation reads encyclopedia articles, calibration reads news. All is drawn with a fixed seed:
-the same call gives the same tokens on every machine, and asking for more sequences adds to those
-one had.
+Evaluation uses encyclopedia articles, calibration uses news. Sequences are drawn with a fixed seed:
+the same call gives the same tokens on every machine, and a call for more sequences returns the same
+ones first.
 """
 
 import codecs
@@ -18,7 +18,7 @@ from chapter13.fetch.download import require
 from chapter13.seeded import permutation
 
 SEED = 13
-# The protocol of the summary table: sequences, length. What is measured elsewhere is a prefix.
+# The protocol of the summary table: sequences, length. Other measurements use the first sequences.
 EVALUATION = 33, 512
 CALIBRATION = 16, 256
 
@@ -27,11 +27,11 @@ def articles(split: str) -> list[dict]:
     """The Wikipedia articles of one split: "evaluation", "validation" or "calibration".
 
     Each has "title", "text", "page" and "revision" (Wikipedia's numbers). No article is in two
-    splits. An article's split depends on its page number alone, so whatever else is added later,
-    evaluation stays what it is. Validation serves to choose between options; nothing may be tuned
-    on evaluation.
+    splits. An article's split depends only on its page number, so articles that are added later do
+    not change the split of others. Use "validation" to choose between options; never tune anything
+    on "evaluation".
 
-    Raises ValueError for another split, FileNotFoundError when the texts were not fetched yet.
+    Raises ValueError for another split, FileNotFoundError if the texts were not fetched yet.
     """
     if split not in SPLITS:
         raise ValueError(f"there is no split {split!r}; choose from {', '.join(SPLITS)}")
@@ -39,31 +39,31 @@ def articles(split: str) -> list[dict]:
 
 
 def news() -> list[str]:
-    """The news documents, some 200 words each."""
+    """The news documents, about 200 words each."""
     return [document["text"] for document in _read("news")]
 
 
 def evaluation_tokens(
     tokenizer, sequences: int = EVALUATION[0], length: int = EVALUATION[1]
 ) -> torch.Tensor:
-    """Tokens of encyclopedia articles, to measure a model with: int64 (sequences, length).
+    """Tokens of encyclopedia articles for measuring a model: int64 (sequences, length).
 
-    Fewer sequences of the default length are the first ones of the summary table, so their losses
-    can be compared with the recorded ones, sequence by sequence.
+    With the default length, a smaller number gives the first sequences of the summary table, so
+    their losses can be compared with the recorded ones, sequence by sequence.
 
-    `tokenizer`: from transformers, as `models.load` gives it. Each sequence lies within one
-    article, none overlaps another, no special tokens are added.
+    `tokenizer`: of transformers, as `models.load` returns it. Each sequence lies within one
+    article, sequences do not overlap, and no special tokens are added.
 
-    Raises ValueError when the text has fewer sequences of that length.
+    Raises ValueError if the text has fewer sequences of that length.
     """
     return encyclopedia_tokens(tokenizer, sequences, length, "evaluation")
 
 
 def encyclopedia_tokens(tokenizer, sequences: int, length: int, split: str) -> torch.Tensor:
-    """Tokens of one split of encyclopedia articles, drawn as `evaluation_tokens` draws them.
+    """Tokens of one split of encyclopedia articles, drawn as in `evaluation_tokens`.
 
-    Split "calibration" compares calibrating on such text with calibrating on news; "validation"
-    serves to choose between options. Raises as `articles` and `evaluation_tokens`.
+    Use split "calibration" to compare calibration on such text with calibration on news, and
+    "validation" to choose between options. Raises as `articles` and `evaluation_tokens`.
     """
     texts = [article["text"] for article in articles(split)]
     return _draw(_encode(tokenizer, texts), sequences, length, split)
@@ -72,32 +72,32 @@ def encyclopedia_tokens(tokenizer, sequences: int, length: int, split: str) -> t
 def calibration_tokens(
     tokenizer, sequences: int = CALIBRATION[0], length: int = CALIBRATION[1]
 ) -> torch.Tensor:
-    """Tokens of news, to calibrate a method with: int64 (sequences, length).
+    """Tokens of news for calibrating a method: int64 (sequences, length).
 
-    The documents are short, so they are put one after another in a random order, a blank line
-    between them, and cut into sequences, which do not overlap. No special tokens are added.
+    The documents are short, so they are joined in a random order, with a blank line between them,
+    and cut into sequences that do not overlap. No special tokens are added.
 
-    Raises ValueError when the text has fewer sequences of that length.
+    Raises ValueError if the text has fewer sequences of that length.
     """
     documents = news()
     return text_tokens(tokenizer, "\n\n".join(_shuffled(documents)), sequences, length)
 
 
 def text_tokens(tokenizer, text: str, sequences: int, length: int) -> torch.Tensor:
-    """Tokens of a text of your own to calibrate with, cut and drawn like `calibration_tokens`.
+    """Tokens of your own text for calibration, cut and drawn as in `calibration_tokens`.
 
-    Raises ValueError when the text has fewer sequences of that length.
+    Raises ValueError if the text has fewer sequences of that length.
     """
     return _draw(_encode(tokenizer, [text]), sequences, length, "calibration")
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file of your own, for `text_tokens`.
+    """The text of your own UTF-8 file, for `text_tokens`.
 
-    A byte order mark is left out, and lines that end in CRLF or CR end in LF.
+    A byte order mark is removed, and the line ends CRLF and CR become LF.
 
     Raises FileNotFoundError, IsADirectoryError, and ValueError for an empty file and for bytes that
-    are not UTF-8 text; the message says what they seem to be and how to convert them.
+    are not UTF-8 text; the message names the likely encoding and says how to convert it.
     """
     path = Path(path)
     if path.is_dir():
@@ -123,7 +123,7 @@ def read_text(path: str | Path) -> str:
 
 
 def _wide_encoding(data: bytes) -> str | None:
-    """UTF-16 or UTF-32, if the byte order mark or the places of the NUL bytes say so."""
+    """UTF-16 or UTF-32, if the byte order mark or the positions of NUL bytes indicate it."""
     if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "UTF-32"
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -152,10 +152,12 @@ def check_tokens(model: nn.Module, tokens: torch.Tensor, what: str = "tokens") -
         )
     vocabulary = model.get_input_embeddings().num_embeddings
     if tokens.min() < 0 or tokens.max() >= vocabulary:
-        raise ValueError(f"{what} reach {int(tokens.max())}, the model knows 0 to {vocabulary - 1}")
+        raise ValueError(
+            f"{what} go up to {int(tokens.max())}, but this model has 0 to {vocabulary - 1}"
+        )
 
 
-SPLITS = {"evaluation": 0.6, "validation": 0.8, "calibration": 1.0}  # upper ends of their shares
+SPLITS = {"evaluation": 0.6, "validation": 0.8, "calibration": 1.0}  # upper end of each range
 
 
 def _split_of(page: int) -> str:
@@ -170,15 +172,15 @@ def _read(name: str) -> list[dict]:
 
 
 def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
-    # verbose: that a text is longer than the model's context is no news, it is cut later
+    # verbose=False: no warning that a text is longer than the model's context; it is cut later
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _draw(texts: list[list[int]], sequences: int, length: int, use: str) -> torch.Tensor:
-    """The first `sequences` of all windows that fit side by side, in a random order."""
+    """Cuts texts into windows side by side; the first `sequences` of them in a random order."""
     if sequences < 1 or length < 2:
         raise ValueError(
-            f"asked for {sequences} sequences of {length} tokens; at least 1 of 2 is needed"
+            f"asked for {sequences} sequences of {length} tokens; it must be at least 1 of 2 tokens"
         )
     windows = [
         text[start : start + length]

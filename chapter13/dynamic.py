@@ -1,11 +1,11 @@
-"""INT8 for activations too, on the fly: dynamic quantization, with a true int8 matrix product.
+"""Dynamic INT8: activations are quantized on the fly, for a true int8 matrix product.
 
-Weights become int8 once; activations become int8 anew at each call, from the range that they have
-right then. With x = sx (qx - zx) and w = sw qw the product of integers is all that is left to do:
+Weights are quantized to int8 once, activations at each call, with the range that they have in that
+call. With x = sx (qx - zx) and w = sw qw, the matrix product is one of integers:
 
     y = sx sw (qx qw^T - zx * sum of each row of qw) + b
 
-Two schemes, each as its library does it:
+There are two schemes, each as in its library:
 
 - "per_tensor": torch.ao's `quantize_dynamic` on x86. One affine scale for all activations, 7 bits
   (0..127: older kernels add two products in 16 bits), one symmetric scale for the weight
@@ -41,9 +41,9 @@ def quantize_weight_per_tensor(weight: torch.Tensor) -> tuple[torch.Tensor, torc
 def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A symmetric scale for each row: (int8 codes (rows, features), float32 scales (rows, 1)).
 
-    As torchao quantizes activations, row by row, and weights. Scales are at least
-    float32's eps. The scale of float16 and
-    bfloat16 rows is rounded to their data type, the codes are computed in float32.
+    This is how torchao quantizes activations, row by row, and weights. Scales are at least
+    float32's eps. The scales of float16 and bfloat16 rows are rounded to that data type; the codes
+    are computed in float32.
     """
     if x.dtype == torch.float64:
         x = x.float()
@@ -52,9 +52,9 @@ def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def quantize_per_tensor(x: torch.Tensor) -> tuple[torch.Tensor, float, int]:
-    """One affine scale for all, as torch.ao: (int8 codes 0..127, scale, zero point).
+    """One affine scale for the tensor, as in torch.ao: (int8 codes 0..127, scale, zero point).
 
-    Raises ValueError where x holds NaN or Inf: all its codes would be wrong.
+    Raises ValueError if x holds NaN or Inf, because all codes would be wrong.
     """
     low, high = (x.min().item(), x.max().item()) if x.numel() else (0.0, 0.0)
     scale, zero_point = affine_parameters(min(low, 0), max(high, 0))
@@ -62,10 +62,10 @@ def quantize_per_tensor(x: torch.Tensor) -> tuple[torch.Tensor, float, int]:
 
 
 def affine_parameters(low: float, high: float, steps: int = 127) -> tuple[float, int]:
-    """Scale and zero point of the grid 0..steps over [low, high], low <= 0 <= high, as torch.ao.
+    """Scale and zero point of the grid 0..steps over [low, high], low <= 0 <= high, as in torch.ao.
 
-    The zero point is taken from the end where rounding it costs less. Ranges too small for a
-    scale of 6.1e-5 get that one. Raises ValueError for a range that is not finite.
+    The zero point is computed from one end of the range, chosen as torch.ao does. The scale is at
+    least 6.1e-5. Raises ValueError for a range that is not finite.
     """
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"activations from {low} to {high}: NaN and Inf have no code")
@@ -89,12 +89,12 @@ def quantize_affine_7bit(x: torch.Tensor, scale: float, zero_point: int) -> torc
 
 
 class Int8Linear(nn.Module):
-    """y = x W^T + b in integers, the activations' scale taken from each input anew.
+    """y = x W^T + b in integers; each input gets its own activation scale.
 
     `weight`: floating point (out_features, in_features); `granularity`: "per_tensor" or
-    "per_token", see above. Input (..., in_features) in any floating data type gives output of the
-    same. Codes, scale and bias are buffers. Raises as `quantize_absmax`, and ValueError for another
-    granularity and for inputs of another width.
+    "per_token", see above. Input (..., in_features) in any floating data type gives output in the
+    same type. Codes, scale and bias are buffers. Raises as `quantize_absmax`, and ValueError for
+    another granularity and for inputs of the wrong width.
     """
 
     def __init__(self, weight, bias=None, granularity="per_tensor"):
@@ -118,7 +118,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """x (rows, in_features) times the weight, before its scales: float32 (rows, out)."""
+        """x (rows, in_features) times the weight without its scales: float32 (rows, out)."""
         if self.granularity == "per_token":
             codes, scale = quantize_per_token(x)
             return int8_matmul(codes, self.codes).float() * scale
@@ -141,9 +141,9 @@ class Int8Linear(nn.Module):
 def quantize_dynamic(
     model: nn.Module, granularity: str = "per_tensor", progress: bool = True
 ) -> nn.Module:
-    """Puts an Int8Linear in the place of every linear layer but the head; returns the model.
+    """Replaces every linear layer except the head with an Int8Linear; returns the model.
 
-    Needs no calibration. When anything fails the model is unchanged.
+    Needs no calibration. After an error the model is unchanged.
     """
     return replace_layers(
         model,

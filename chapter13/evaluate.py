@@ -46,8 +46,9 @@ class Score:
     def interval(self) -> tuple[float, float]:
         """The 95% confidence interval of the mean by Student's t (1908), sequence by sequence.
 
-        It says how far the value may move with other texts of the same kind. Sequences count, not
-        tokens, because the tokens of one text are not independent. (nan, nan) for one sequence.
+        It estimates how far the value may change with other texts of the same kind. It counts
+        sequences, not tokens, because the tokens of one text are not independent. (nan, nan) for
+        one sequence.
         """
         count = len(self.losses)
         if count < 2:
@@ -58,7 +59,7 @@ class Score:
         return (math.exp(ends[0]), math.exp(ends[1])) if self.exponential else ends
 
     def first(self, sequences: int) -> "Score":
-        """The score of the first sequences alone, to compare with a run that measured only these.
+        """The score of the first sequences, to compare with a run that measured only these.
 
         Raises ValueError if there are fewer.
         """
@@ -80,8 +81,9 @@ class Score:
 def difference(first: Score, second: Score) -> Score:
     """first - second in nats, paired: sequence by sequence, on the same tokens.
 
-    A hard text raises both losses, so the difference has a far narrower interval than either; two
-    methods differ if the interval excludes 0. Raises ValueError for scores of different lengths.
+    A hard text raises both losses, so the difference usually has a much narrower interval than
+    either; two methods differ if the interval excludes 0. Raises ValueError for scores of different
+    lengths.
     """
     if len(first.losses) != len(second.losses):
         raise ValueError(f"{len(first.losses)} and {len(second.losses)} sequences cannot be paired")
@@ -89,7 +91,7 @@ def difference(first: Score, second: Score) -> Score:
 
 
 def deviation(measured: Score, recorded: Score) -> float:
-    """The largest |measured / recorded - 1| of the loss of a sequence.
+    """The largest |measured / recorded - 1| over the losses of the sequences.
 
     `measured` has the first sequences of `recorded`, on the same tokens: a run on another machine,
     or on fewer sequences. Raises ValueError if it has more.
@@ -101,10 +103,10 @@ def deviation(measured: Score, recorded: Score) -> float:
 def perplexity(
     model: nn.Module, tokens: torch.Tensor, batch_size: int = 2, progress: bool = True
 ) -> Score:
-    """exp of the mean loss per token. `model`: a causal language model as transformers makes them.
+    """exp of the mean loss per token. `model`: a causal language model of transformers.
 
     Raises TypeError or ValueError for tokens of another data type or shape, or beyond the
-    vocabulary, and ValueError when the model's logits are not finite.
+    vocabulary, and ValueError if the model's logits are not finite.
     """
     losses = [
         _cross_entropy(logit, ids)
@@ -121,9 +123,9 @@ def kl_divergence(
     batch_size: int = 2,
     progress: bool = True,
 ) -> Score:
-    """KL(reference || model) in nats per token; 0 when both predict the same.
+    """KL(reference || model) in nats per token; 0 if both predict the same.
 
-    `reference`: the full-precision model, or the file that `cache_logits` wrote for these very
+    `reference`: the full-precision model, or the file that `cache_logits` wrote for the same
     tokens. Raises as `perplexity`, and ValueError for a cache of other tokens.
     """
     log_p = _reference(reference, tokens, batch_size)
@@ -142,7 +144,7 @@ def perplexity_and_kl(
     batch_size: int = 2,
     progress: bool = True,
 ) -> tuple[Score, Score]:
-    """What `perplexity` and `kl_divergence` return, from one pass of the model; raises as they."""
+    """The results of `perplexity` and `kl_divergence` from one pass; raises as they do."""
     log_p = _reference(reference, tokens, batch_size)
     losses = [
         (_cross_entropy(logit, ids), _kl(next(log_p), logit))
@@ -160,10 +162,10 @@ def cache_logits(
     batch_size: int = 2,
     progress: bool = True,
 ) -> Path:
-    """Writes what `kl_divergence` needs of a reference model to a file, 2 bytes a logit.
+    """Writes a reference model's predictions to a file for `kl_divergence`, 2 bytes per logit.
 
-    Each position's log-probabilities are kept on 65536 levels between their smallest and largest,
-    in the manner of llama.cpp's perplexity tool. The file appears at once or not at all.
+    Each position's log-probabilities are rounded to 65536 levels between their smallest and
+    largest, as in llama.cpp's perplexity tool. The file is written atomically.
     """
     with replacing(path) as part, part.open("wb") as file:
         for _, logits in _logits(model, tokens, batch_size, progress, "reference"):
@@ -181,7 +183,7 @@ def cache_logits(
 
 
 def _reference(reference, tokens, batch_size) -> Iterator[torch.Tensor]:
-    """The log-probabilities of each sequence, from a model or from the cache of one."""
+    """The log-probabilities of each sequence, from a model or from its cached predictions."""
     if not isinstance(reference, nn.Module):
         return _cached(Path(reference), tokens)
     return (
@@ -210,11 +212,11 @@ def _cached(path: Path, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
         levels = raw[start + 8 * positions : start + step].view("<u2").reshape(positions, -1)
         low, scale = torch.from_numpy(ends.astype(np.float32)).split(1, dim=1)
         log_p = torch.from_numpy(levels.astype(np.float32)).mul_(scale).add_(low)
-        yield log_p.sub_(log_p.logsumexp(-1, keepdim=True))  # the levels are off by half a step
+        yield log_p.sub_(log_p.logsumexp(-1, keepdim=True))  # levels are off by up to half a step
 
 
 def _digest(tokens: torch.Tensor) -> tuple[int, ...]:
-    """Four numbers that tell these tokens from all others."""
+    """Four numbers that identify these tokens."""
     content = hashlib.sha256(repr(tokens.shape).encode() + tokens.cpu().numpy().tobytes())
     return tuple(np.frombuffer(content.digest(), dtype="<i8").tolist())
 
@@ -229,7 +231,8 @@ def _kl(log_p: torch.Tensor, logit: torch.Tensor) -> float:
     log_p = log_p.to(logit.device)
     if log_p.shape != logit.shape:
         raise ValueError(
-            f"the reference has a vocabulary of {log_p.shape[-1]}, the model of {logit.shape[-1]}"
+            f"the vocabulary of the reference has {log_p.shape[-1]} tokens, that of the model has "
+            f"{logit.shape[-1]}"
         )
     log_q = torch.log_softmax(logit, -1)
     total = nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True).double()
@@ -239,7 +242,7 @@ def _kl(log_p: torch.Tensor, logit: torch.Tensor) -> float:
 
 
 def _logits(model, tokens, batch_size, progress, description):
-    """(tokens of the batch, float32 logits (batch, length - 1, vocab) of what predicts them)."""
+    """Yields (tokens of a batch, float32 logits (batch, length - 1, vocab) that predict them)."""
     check_tokens(model, tokens)
     from tqdm.auto import tqdm
 
@@ -265,8 +268,8 @@ def _score(losses: Sequence[float], exponential: bool = False) -> Score:
 def t_quantile(degrees: int) -> float:
     """The 97.5% point of Student's t distribution, by bisection; `degrees` of freedom from 1.
 
-    The share within +-t is a finite sum for whole degrees of freedom: Abramowitz and Stegun 1964,
-    26.7.3 and 26.7.4.
+    The probability within +-t is a finite sum for whole degrees of freedom: Abramowitz and Stegun
+    1964, 26.7.3 and 26.7.4.
     """
     low, high = 0.0, math.pi / 2  # of atan(t / sqrt(degrees))
     while (angle := (low + high) / 2) not in (low, high):

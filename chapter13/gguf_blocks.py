@@ -1,21 +1,21 @@
 """llama.cpp's block formats, byte for byte as its gguf library quantizes and dequantizes them.
 
-A row of a weight is cut into blocks. Each block stands for itself: its scale, and perhaps a
-minimum, come first, then its codes, so that one read fetches all there is to multiply with.
+A row of a weight is cut into blocks. Each block is complete: it contains its scale (and for some
+kinds a minimum) and its codes, so that one read fetches everything that a multiplication needs.
 
     kind    weights  bytes           weight =
     Q8_0       32    2 + 32          d * code                code -127 ... 127
     Q4_0       32    2 + 16          d * code                code -8 ... 7, stored plus 8
     Q4_1       32    2 + 2 + 16      d * code + m            code 0 ... 15
-    MXFP4      32    1 + 16          2**(e - 128) * code     code 0, 1, 2, 3, 4, 6, 8, 12, and -
-    Q4_K      256    2 + 2 + 12 + 128    as Q4_1 by 32; scales and minima have 6 bits each
-    Q6_K      256    128 + 64 + 16 + 2   as Q8_0 by 16, code -32 ... 31; scales have 8 bits
+    MXFP4      32    1 + 16          2**(e - 128) * code     code 0, +-1, 2, 3, 4, 6, 8, 12
+    Q4_K      256    2 + 2 + 12 + 128    Q4_1 in groups of 32; scales and minima have 6 bits
+    Q6_K      256    128 + 64 + 16 + 2   Q8_0 in groups of 16, code -32 ... 31; scales have 8 bits
 
-d and m are float16, e is a byte. With 4 bits, byte j of a block holds code j in its low and code
-j + 16 in its high half. The K kinds are only dequantized here, as in the gguf library: llama.cpp
-searches for their scales.
+d and m are float16, e is a byte. With 4 bits, byte j of a block's codes holds code j in its low
+half and code j + 16 in its high half. The K kinds are only dequantized here, as in the gguf
+library; llama.cpp quantizes to them with a search for their scales.
 
-`read` opens a GGUF file and shows its tensors in the same way, without reading them.
+`read` opens a GGUF file and gives its tensors in the same form; their bytes are read when used.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,20 +29,20 @@ from chapter13.packing import piece_size
 from chapter13.tensors import check_finite, check_weight
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# E2M1 doubled, to be whole numbers: a sign, two bits of exponent, one of mantissa
+# E2M1 doubled, to get whole numbers: a sign, two bits of exponent, one of mantissa
 E2M1 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)
-# a byte of exponent -> half the scale; 255 would be NaN in the OCP standard, not so in llama.cpp
+# exponent byte -> half the scale; 255 is NaN in the OCP standard, but not in llama.cpp
 E8M0_HALF = torch.tensor([2.0 ** (e - 128) for e in range(256)])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class BlockTensor:
-    """A weight in a format of llama.cpp: made by `quantize`, or a tensor of a file that was read.
+    """A weight in a format of llama.cpp, made by `quantize` or read from a file.
 
     It has `codes()`, `scale`, `dequantize()`, `nbytes` and `bits_per_weight` like a
-    `QuantizedTensor`. It is not one, because it keeps the file's own bytes: one run in which scales
-    and codes take turns. So `QuantizedLinear` does not take it; a whole model in these formats is
-    tried out by putting dequantized weights in place.
+    `QuantizedTensor`. It is not one, because it keeps the file's own bytes, in which scales and
+    codes alternate. `QuantizedLinear` therefore does not accept it; to try these formats on a whole
+    model, give the model the dequantized weights.
     """
 
     kind: str
@@ -58,7 +58,7 @@ class BlockTensor:
         Raises ValueError for a kind that cannot be dequantized here.
         """
         self._check(PLAIN | DECODERS)
-        if self.kind in PLAIN:  # a copy, because bytes of a file may lie at any address
+        if self.kind in PLAIN:  # a copy, because bytes of a file may not be aligned
             return self.blocks.clone().view(PLAIN[self.kind]).to(dtype).view(self.shape)
         weight = torch.empty(self.shape, dtype=dtype, device=self.blocks.device)
         rows = weight.view(len(self.blocks), -1)
@@ -71,17 +71,17 @@ class BlockTensor:
         return weight
 
     def codes(self) -> torch.Tensor:
-        """The codes in the weight's shape, int8, as in the table above: what `scale` multiplies."""
+        """The codes in the weight's shape, int8, as in the table above, without the scale."""
         return self._parts()[0].reshape(self.shape)
 
     @property
     def scale(self) -> torch.Tensor:
-        """float32 (out, groups, 1): what a code is multiplied with; a K block has 8 or 16."""
+        """float32 (out, groups, 1): the factors of the codes; a K block has 8 or 16 groups."""
         return self._parts()[1].reshape(*self.shape[:-1], -1, 1)
 
     @property
     def minimum(self) -> torch.Tensor | None:
-        """What is added then, in the scale's shape; None for kinds without."""
+        """The number added after scaling, in the scale's shape; None for kinds without one."""
         minimum = self._parts()[2]
         return None if minimum is None else minimum.reshape(*self.shape[:-1], -1, 1)
 
@@ -113,11 +113,12 @@ def quantize(weight: torch.Tensor, kind: str) -> BlockTensor:
     """The weight in blocks of 32: `kind` is "Q8_0", "Q4_0", "Q4_1" or "MXFP4".
 
     Any shape whose last dimension is a multiple of 32. The bytes equal those of
-    `gguf.quants.quantize` (0.19). Codes come from the scale before it is rounded to float16.
-    A block so small that its float16 scale is zero dequantizes to zeros, as in that library.
+    `gguf.quants.quantize` (0.19). Codes are computed with the scale before it is rounded to
+    float16. A block so small that its float16 scale is zero dequantizes to zeros, as in that
+    library.
 
-    Raises TypeError for what is no floating-point tensor; ValueError for another kind, if the
-    weight is empty, holds NaN or Inf or has rows that blocks do not divide, and for a scale or
+    Raises TypeError if the weight is not a floating-point tensor; ValueError for another kind, if
+    the weight is empty, holds NaN or Inf or has rows that blocks do not divide, and for a scale or
     minimum beyond float16, which gguf would store as Inf.
     """
     if kind not in ENCODERS:
@@ -139,10 +140,10 @@ def quantize(weight: torch.Tensor, kind: str) -> BlockTensor:
 
 
 def plain(tensor: torch.Tensor) -> BlockTensor:
-    """A tensor of float32 as a file holds it; norms are written like this.
+    """A tensor in unquantized float32, as files store norms.
 
-    Raises TypeError and ValueError as `quantize` does: for no floating-point tensor, an empty one,
-    NaN and Inf.
+    Raises TypeError if it is not a floating-point tensor, ValueError if it is empty or holds NaN
+    or Inf.
     """
     values = check_weight(tensor).float().contiguous()
     check_finite(values, values.abs().amax())
@@ -166,12 +167,11 @@ def read(path: Path | str) -> GGUF:
     """Opens a GGUF file: reads its header, maps the rest.
 
     Shapes are as in torch, (out_features, in_features). The mapping is private: writing to a tensor
-    does not reach the file. If the file is truncated
-    while it is mapped, the process crashes.
+    does not change the file. If the file is truncated while it is mapped, the process crashes.
 
-    Raises OSError for a file that cannot be opened, ValueError for one that is not sound: cut
-    off, or with counts, lengths, types or places that cannot be; it names the byte. Also ValueError
-    for one part of a split file, which holds some of a model's tensors only.
+    Raises OSError if the file cannot be opened, and ValueError, naming the byte, if it is invalid:
+    truncated, or with impossible counts, lengths, types or offsets. Also raises ValueError for one
+    part of a split file, which holds only some of a model's tensors.
     """
     path = Path(path)
     with path.open("rb") as file:
@@ -191,7 +191,7 @@ def read(path: Path | str) -> GGUF:
 
 
 class _Tensors(Mapping):
-    """The tensors of a mapped file, each made when it is asked for."""
+    """The tensors of a mapped file, each created when it is accessed."""
 
     def __init__(self, mapping: torch.Tensor, entries: dict[str, gguf_file.Entry]):
         self._mapping = mapping
@@ -212,7 +212,7 @@ class _Tensors(Mapping):
 
 
 def _pieces(blocks: torch.Tensor, weights: int) -> Iterator[slice]:
-    """Slices of whole blocks: on a CPU so many as stay in the cache."""
+    """Slices of whole blocks: on a CPU as many as fit into the cache."""
     step = piece_size(blocks) // weights
     for start in range(0, len(blocks), step):
         yield slice(start, start + step)
@@ -226,30 +226,30 @@ def _encode_q8_0(values):
     scaled = _divided(values, scale)
     magnitude = scaled.abs()
     whole = magnitude.floor()
-    whole += (2 * (magnitude - whole)).floor()  # half goes away from zero
+    whole += (2 * (magnitude - whole)).floor()  # half is rounded away from zero
     return _half(scale, values), (whole * scaled.sign()).to(torch.int8).view(torch.uint8)
 
 
 def _encode_q4_0(values):
-    """The weight of the largest magnitude becomes -8, whatever its sign: all 16 codes are used."""
+    """The weight with the largest magnitude gets code -8, whatever its sign, to use all codes."""
     largest = values.gather(1, values.abs().argmax(1, keepdim=True))
     scale = largest / -8
     return _half(scale, values), _nibbles(_divided(values, scale, 8.5))
 
 
 def _encode_q4_1(values):
-    low = values.gather(1, values.argmin(1, keepdim=True))  # of zeros of both signs the first
+    low = values.gather(1, values.argmin(1, keepdim=True))  # of +0 and -0 the first one
     scale = (values.amax(1, keepdim=True) - low).abs() / 15  # abs: 0 - 0 may be -0
     codes = _nibbles(_divided(values - low, scale, 0.5))
     return _half(scale, values), _half(low, values), codes
 
 
 def _encode_mxfp4(values):
-    """The scale is a power of two: the largest magnitude comes to lie between 4 and 8, doubled."""
+    """The scale is a power of two that puts the largest magnitude between 4 and 8 in E2M1."""
     absmax = values.abs().amax(1, keepdim=True)
     # log2 rounded to float32, as the gguf library does: just below a power of two it may give
     # the power itself.
-    # Below 2**-125 the exponent wraps around, there too: such a block decodes to zeros.
+    # Below 2**-125 the exponent wraps around, as in that library: the block decodes to zeros.
     exponent = absmax.double().log2().float().floor().clamp(min=-200).int() + 125
     exponent = torch.where(absmax > 0, exponent & 255, 0)
     scale = E8M0_HALF.to(values.device)[exponent]
@@ -265,22 +265,22 @@ def _encode_mxfp4(values):
 
 
 def _divided(values, scale, shift=0.0):
-    """values / scale + shift by way of the reciprocal, as in gguf; only shift for a scale of 0.
+    """values * (1 / scale) + shift, as in gguf; only shift for a scale of 0.
 
-    A scale below 3e-39 has no finite reciprocal; its block gets zeros. (In gguf, infinities are
-    cast to integers, which the C standard leaves open and which gives zeros on x86.)
+    A scale below 3e-39 has no finite reciprocal; its block gets zeros. (gguf casts infinities to
+    integers, which is undefined in the C standard and gives zeros on x86.)
     """
     reciprocal = torch.where(scale == 0, 0.0, 1 / scale)
     return torch.where(reciprocal.isinf(), 0.0, values * reciprocal + shift)
 
 
 def _nibbles(shifted):
-    codes = shifted.to(torch.uint8).clamp_(max=15)  # the cast cuts off the fraction
+    codes = shifted.to(torch.uint8).clamp_(max=15)  # the cast truncates the fraction
     return codes[:, :16] | codes[:, 16:] << 4
 
 
 def _half(numbers, values):
-    """float16 as its two bytes; ValueError where it would be Inf."""
+    """float16 as its two bytes; ValueError if it would be Inf."""
     half = numbers.half()
     if half.isinf().any():
         block = int(half.isinf().flatten().nonzero()[0])
@@ -321,8 +321,9 @@ def _decode_mxfp4(blocks):
 
 
 def _decode_q4_k(blocks):
-    """Eight groups of 32. The 6-bit scales and minima of the first four lie in the low bits of
-    bytes 0-3 and 4-7; those of the last four have 4 bits in bytes 8-11, 2 in the high bits there.
+    """Eight groups of 32. The 6-bit scales and minima of the first four are the low bits of bytes
+    0-3 and 4-7; those of the last four have their low 4 bits in bytes 8-11 and their high 2 bits in
+    the high bits of bytes 0-7.
     """
     first, second, third = blocks[:, 4:16].view(-1, 3, 4).unbind(1)
     scales = torch.cat([first & 63, third & 15 | first >> 6 << 4], 1)[:, :, None].float()
@@ -332,7 +333,7 @@ def _decode_q4_k(blocks):
 
 
 def _decode_q6_k(blocks):
-    """Sixteen groups of 16; the low 4 bits of all codes first, then the high 2 bits."""
+    """Sixteen groups of 16; first the low 4 bits of all codes, then their high 2 bits."""
     low = _split(blocks[:, :128].view(-1, 2, 64)).view(-1, 8, 32)
     high = blocks[:, 128:192].view(-1, 2, 1, 32)
     high = torch.cat([high >> shift & 3 for shift in (0, 2, 4, 6)], 2).view(-1, 8, 32)

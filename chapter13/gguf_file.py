@@ -1,4 +1,4 @@
-"""The GGUF file of llama.cpp, in and out: named metadata, then named tensors.
+"""Reads and writes GGUF, the file format of llama.cpp: named metadata, then named tensors.
 
     "GGUF", version, number of tensors, number of keys        4 + 4 + 8 + 8 bytes
     each key:     name, type, value
@@ -6,12 +6,12 @@
     zeros up to a multiple of the alignment
     the tensors' bytes, each again padded to the alignment
 
-Numbers are little-endian; a string is its length in 8 bytes, then UTF-8. What the bytes of a tensor
-mean is the business of gguf_blocks.py.
+Numbers are little-endian; a string is its length in 8 bytes, then UTF-8. gguf_blocks.py decodes the
+bytes of a tensor.
 
-A file is untrusted input. Every count, length, offset and type is checked against the bytes that
-are there before it is used, so nothing large is allocated because a file says so: a damaged file
-costs a ValueError that names the byte, time and memory in proportion to its header.
+A file is untrusted input. Every count, length, offset and type is checked against the size of the
+file before it is used, so a wrong count cannot cause a large allocation. A damaged file raises a
+ValueError that names the byte; the check takes time and memory in proportion to the header.
 """
 
 import math
@@ -24,8 +24,8 @@ import numpy as np
 from chapter13.atomic import replacing
 
 MAGIC = b"GGUF"
-VERSIONS = (2, 3)  # they differ in nothing that matters here; version 1 had shorter counts
-ALIGNMENT = 32  # where the key "general.alignment" says nothing else
+VERSIONS = (2, 3)  # their differences do not matter here; version 1 had shorter counts
+ALIGNMENT = 32  # the default of the key "general.alignment"
 MOST_DIMENSIONS = 4
 
 
@@ -84,7 +84,7 @@ NUMBERS = {number: np.dtype(name) for number, name in NUMBERS.items()}
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a tensor lies: `offset` from the start of the file, in bytes."""
+    """Where a tensor is stored: `offset` from the start of the file, in bytes."""
 
     kind: Kind
     shape: tuple[int, ...]
@@ -93,7 +93,7 @@ class Entry:
 
 
 class _Cursor:
-    """Reads forward, and never beyond the end."""
+    """Reads forward, never beyond the end."""
 
     def __init__(self, data: memoryview):
         self.data = data
@@ -113,7 +113,7 @@ class _Cursor:
         return int.from_bytes(self.take(size, what), "little")
 
     def count(self, smallest: int, what: str) -> int:
-        """A number of things of at least `smallest` bytes each, for which there is room."""
+        """A number of items of at least `smallest` bytes each, for which there is room."""
         start = self.at
         count = self.integer(8, f"the number of {what}")
         left = len(self.data) - self.at
@@ -138,9 +138,9 @@ def parse(data: memoryview) -> tuple[dict, dict[str, Entry]]:
     """Metadata and tensor entries of a GGUF file's bytes, each by name, in the file's order.
 
     A metadata value is a bool, a str, a NumPy number or array of the file's own data type, or a
-    list of str. Raises ValueError, naming the byte, for anything that is not a sound
-    file: no GGUF file, another version or byte order, truncated, counts or lengths beyond the end,
-    unknown types, names that occur twice, tensors outside the file, misaligned or overlapping.
+    list of str. Raises ValueError, naming the byte, for an invalid file: not GGUF, another version
+    or byte order, truncated, counts or lengths beyond the end, unknown types, names that occur
+    twice, tensors outside the file, misaligned or overlapping.
     """
     cursor = _Cursor(data)
     if bytes(cursor.take(4, "the word GGUF")) != MAGIC:
@@ -150,8 +150,8 @@ def parse(data: memoryview) -> tuple[dict, dict[str, Entry]]:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
         reason = "is big-endian" if swapped in VERSIONS else f"has version {version}"
         cursor.fail(f"the file {reason}; versions 2 and 3, little-endian, can be read", 4)
-    tensors = cursor.count(32, "tensors")  # each: length, dimensions, type, offset, at the least
-    keys = cursor.count(13, "keys")  # each: length, type, one byte of value
+    tensors = cursor.count(32, "tensors")  # each has at least length, dimensions, type, offset
+    keys = cursor.count(13, "keys")  # each has at least length, type, one byte of value
 
     metadata: dict = {}
     for _ in range(keys):
@@ -181,7 +181,7 @@ def _value(cursor: _Cursor, key: str):
         value = _values(cursor, kind, 1, key)[0]
         return bool(value) if kind == BOOL else value
     kind = cursor.integer(4, f"the type of the array {key!r}")
-    # an array inside an array is in the format's description, and read by no program known to us
+    # the format's description allows an array inside an array; no program that we know reads one
     smallest = 8 if kind == STRING else NUMBERS[kind].itemsize if kind in NUMBERS else 1
     return _values(cursor, kind, cursor.count(smallest, f"elements of {key!r}"), key)
 
@@ -198,17 +198,17 @@ def _values(cursor: _Cursor, kind: int, count: int, key: str):
 
 
 def alignment_of(metadata: dict) -> int:
-    """To a multiple of how many bytes tensors are padded; ValueError if that is no power of two."""
+    """The alignment of tensors in bytes; ValueError unless it is a power of two."""
     alignment = metadata.get("general.alignment", np.uint32(ALIGNMENT))
     if not isinstance(alignment, np.uint32) or int(alignment).bit_count() != 1:
-        raise ValueError(f"general.alignment is {alignment}: it must be a uint32, a power of two")
+        raise ValueError(f"general.alignment is {alignment}: it must be a uint32 power of two")
     return int(alignment)
 
 
 def part_of(metadata: dict) -> tuple[int, int]:
-    """(which part of a split file this is, from 1 on; of how many); (1, 1) for a whole file.
+    """(number of this part of a split file, from 1; number of parts); (1, 1) for a whole file.
 
-    Raises ValueError if split.no or split.count is no integer.
+    Raises ValueError if split.no or split.count is not an integer.
     """
     number, count = (metadata.get(f"split.{name}", np.uint16(0)) for name in ("no", "count"))
     if not isinstance(number, np.integer) or not isinstance(count, np.integer):
@@ -217,7 +217,7 @@ def part_of(metadata: dict) -> tuple[int, int]:
 
 
 def _entry(cursor: _Cursor, name: str) -> tuple[int, Entry]:
-    """(where its offset stands in the file, the entry with that offset as it is written)."""
+    """(position of the offset field in the file, the entry with the offset as stored)."""
     start = cursor.at
     dimensions = cursor.integer(4, f"the number of dimensions of {name!r}")
     if not 1 <= dimensions <= MOST_DIMENSIONS:
@@ -241,7 +241,7 @@ def _entry(cursor: _Cursor, name: str) -> tuple[int, Entry]:
 
 
 def _placed(cursor: _Cursor, entries: dict[str, tuple[int, Entry]], alignment: int):
-    """name -> Entry with its offset counted from the start of the file; checks all places."""
+    """name -> Entry with its offset from the start of the file; checks that all tensors fit."""
     start = cursor.at + -cursor.at % alignment
     placed = {}
     for name, (at, entry) in entries.items():
@@ -262,13 +262,13 @@ def _placed(cursor: _Cursor, entries: dict[str, tuple[int, Entry]], alignment: i
 
 
 def write(path: Path | str, metadata: dict, tensors: dict) -> Path:
-    """Writes a GGUF file of version 3, whole or not at all; returns the path.
+    """Writes a GGUF file of version 3 atomically; returns the path.
 
-    `metadata`: values as `parse` returns them, so that what was read can be written again to the
-    byte; a Python int or float is refused, because it does not say its width. `tensors`: name ->
-    an object with `.kind` (a name such as "Q4_0"), `.shape` and `.blocks` (uint8, a torch.Tensor
-    of all its bytes). Raises TypeError for a value of another type, ValueError for an alignment
-    that cannot be and for a tensor whose bytes do not fit its shape.
+    `metadata`: values as `parse` returns them, so that a file can be read and written again byte
+    for byte; a Python int or float is refused, because it does not define its width. `tensors`:
+    name -> an object with `.kind` (a name such as "Q4_0"), `.shape` and `.blocks` (uint8, a
+    torch.Tensor of all its bytes). Raises TypeError for a value of another type, ValueError for an
+    invalid alignment and for a tensor whose bytes do not fit its shape.
     """
     path = Path(path)
     alignment = alignment_of(metadata)
@@ -305,7 +305,7 @@ def _string(text: str) -> bytes:
 
 
 def _typed(key: str, value) -> bytes:
-    """A metadata value with its type before it."""
+    """A metadata value, preceded by its type."""
     if isinstance(value, (list, np.ndarray)):
         kind, content = _plain(key, value)
         return struct.pack("<IIQ", ARRAY, kind, len(value)) + content
@@ -314,7 +314,7 @@ def _typed(key: str, value) -> bytes:
 
 
 def _plain(key: str, values) -> tuple[int, bytes]:
-    """(type, bytes) of values of one type in a row."""
+    """(type, bytes) of consecutive values of one type."""
     if isinstance(values, list) and all(isinstance(value, str) for value in values):
         return STRING, b"".join(map(_string, values))
     if isinstance(values, list) and all(isinstance(value, bool) for value in values):

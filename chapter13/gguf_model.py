@@ -1,11 +1,11 @@
 """Writes a Llama model as a quantized GGUF file, which llama.cpp loads and runs.
 
 The weights are the model's. The metadata, which describes the model and its tokenizer, is copied
-key by key from another GGUF file of the same model, once it is clear that it describes this one.
-Apart from the names of the tensors, one thing differs from torch: rotary positions. transformers
-rotates channel i of a head together with channel i + half of it, llama.cpp two neighbors. So the
-rows of q and k are written with the halves of each head interleaved, which does not change the
-scalar product of the two.
+key by key from another GGUF file of the same model, after a check that it describes this model.
+Besides the names of the tensors, one thing differs from transformers: rotary positions.
+transformers rotates channel i of a head together with channel i + head_dim / 2, llama.cpp rotates
+neighboring channels. So the rows of q and k are written with the halves of each head interleaved,
+which does not change the scalar product of q and k.
 """
 
 import math
@@ -18,8 +18,10 @@ from torch import nn
 from chapter13 import gguf_file
 from chapter13.gguf_blocks import GGUF, BlockTensor, plain, quantize, read
 
-FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7}  # what llama.cpp calls the whole file
-EMBEDDING = "Q8_0"  # of embeddings and head, as llama.cpp chooses it beside 4-bit weights
+FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7}  # llama.cpp's numbers for the whole file
+# Embeddings and head. llama.cpp takes Q6_K beside 4-bit weights, but Q8_0 if rows are no multiple
+# of 256.
+EMBEDDING = "Q8_0"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 MODULES = {
@@ -37,25 +39,26 @@ MODULES = {
     "mlp.down_proj": "ffn_down",
 }
 
-# YaRN's settings in llama.cpp where a file does not say otherwise
+# llama.cpp's defaults for YaRN
 YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
 YARN |= dict.fromkeys(["attention_factor", "mscale", "mscale_all_dim"])
 
 
 def write_model(model: nn.Module, kind: str, path: Path | str, like: Path | str) -> Path:
-    """Quantizes a model into a GGUF file, which appears whole or not at all; returns its path.
+    """Writes a model as a quantized GGUF file, atomically; returns its path.
 
     `model`: a LlamaForCausalLM of transformers in float32, float16, bfloat16 or float64, without
     biases. `kind`: "Q8_0", "Q4_0" or "Q4_1" for the linear layers; embeddings and head are written
-    in Q8_0, norms in float32. A head with the values of the embeddings is left out: llama.cpp then
-    takes these. The scaling of Llama 3's rotary positions becomes the tensor "rope_freqs.weight".
-    `like`: a GGUF file of the same architecture and vocabulary, whose metadata is copied, except
-    for keys that are true of that file alone, such as how it was quantized or split.
+    in Q8_0, norms in float32. A head that equals the embeddings is left out: llama.cpp then uses
+    the embeddings. The scaling of Llama 3's rotary positions becomes the tensor
+    "rope_freqs.weight". `like`: a GGUF file of the same architecture and vocabulary, whose metadata
+    is copied, except for keys that are only true of that file, such as how it was quantized or
+    split.
 
-    Raises ValueError for another kind; for a model that is no Llama, or one that llama.cpp's
-    Llama cannot express; for a weight that is missing, unknown, of another shape or data type, not
-    in memory, or not finite; and for a file `like` that describes another model. A key that `like`
-    lacks has llama.cpp's default. Also raises as `read` and `quantize` do.
+    Raises ValueError for another kind; for a model that is not a Llama, or that llama.cpp's Llama
+    cannot express; for a weight that is missing, unknown, of another shape or data type, not in
+    memory, or not finite; and for a file `like` that describes another model, where a missing key
+    means llama.cpp's default. Also raises as `read` and `quantize` do.
     """
     if kind not in FILE_TYPES:
         raise ValueError(f"kind must be one of {', '.join(FILE_TYPES)}, not {kind!r}")
@@ -85,7 +88,7 @@ def gguf_name(name: str) -> str:
         prefix = f"blk.{layer}."
     if module not in MODULES or weight != "weight":
         reason = ": biases cannot be written" if weight == "bias" else ""
-        raise ValueError(f"{name!r} is no weight of a Llama{reason}")
+        raise ValueError(f"{name!r} is not a weight of a Llama{reason}")
     return f"{prefix}{MODULES[module]}.weight"
 
 
@@ -105,7 +108,7 @@ def rope_factors(config) -> torch.Tensor:
     `config`: one whose `rope_parameters` are of type "llama3". Let n be the number of rotations
     within original_max_position_embeddings. From n = high_freq_factor on, a frequency is kept (1);
     up to n = low_freq_factor it is divided by `factor`; in between it is multiplied by a number
-    that goes from 1 / factor to 1 in proportion to n. Equals the tensor that llama.cpp's converter
+    that rises linearly with n from 1 / factor to 1. Equals the tensor that llama.cpp's converter
     computes.
     """
     rope = config.rope_parameters
@@ -143,7 +146,7 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _check_config(config) -> None:
-    """ValueError for a model that llama.cpp's Llama, in the form written here, does not compute."""
+    """Raises ValueError for a model that llama.cpp's Llama cannot compute from our file."""
     kind = getattr(config, "model_type", None)
     if kind != "llama":
         raise ValueError(f"the model's config.model_type is {kind!r}: it must be 'llama'")
@@ -152,13 +155,13 @@ def _check_config(config) -> None:
     if getattr(config, "sliding_window", None):
         raise ValueError(
             f"config.sliding_window is {config.sliding_window}: llama.cpp's Llama attends to all "
-            "tokens before, so it must be None"
+            "previous tokens, so it must be None"
         )
     _check_rope(config.rope_parameters)
 
 
 def _check_rope(rope: dict) -> None:
-    """ValueError for rotary positions that cannot be written."""
+    """Raises ValueError for rotary positions that cannot be written."""
     kind, factor = rope["rope_type"], rope.get("factor")
     if kind not in ("default", "linear", "llama3", "yarn"):
         raise ValueError(
@@ -180,8 +183,8 @@ def _check_rope(rope: dict) -> None:
     for name, default in YARN.items():
         if kind == "yarn" and rope.get(name) not in (None, default):
             raise ValueError(
-                f"{name} of rope_type 'yarn' is {rope[name]}: only the default can be written, "
-                f"{default}"
+                f"{name} of rope_type 'yarn' is {rope[name]}: only the default, {default}, can be "
+                "written"
             )
 
 
@@ -232,7 +235,7 @@ def _missing(model: nn.Module, name: str) -> str:
         return f"the model has no {name!r}: it must be a LlamaForCausalLM, not wrapped"
     return (
         f"{path!r} is a {type(module).__name__} without a weight: quantized layers cannot be "
-        "written, the model must be as it was before"
+        "written, so give the model before its quantization"
     )
 
 
@@ -261,15 +264,15 @@ def _check_one(name: str, weight, shape: tuple[int, ...]) -> None:
 
 
 def _described(source: GGUF, config, like: Path | str, own_head: bool) -> dict:
-    """The metadata to write: that of `source`, without the keys that are true of its file alone.
+    """The metadata to write: that of `source`, without the keys that are only true of its file.
 
-    llama.cpp loads no file without a context length, so that one is added where it is missing.
+    llama.cpp does not load a file without a context length, so a missing one is added.
     Raises ValueError if `source` describes another model.
     """
     _check_same(source.metadata, config, like)
     metadata = {key: value for key, value in source.metadata.items() if not _of_one_file(key)}
     if own_head != ("output.weight" in source.tensors):
-        metadata.pop("general.size_label", None)  # it counts the head where there is one
+        metadata.pop("general.size_label", None)  # it counts the head, if there is one
     metadata.setdefault("llama.context_length", np.uint32(config.max_position_embeddings))
     return metadata
 
@@ -277,18 +280,18 @@ def _described(source: GGUF, config, like: Path | str, own_head: bool) -> dict:
 def _of_one_file(key: str) -> bool:
     """Whether a key says how one file was made, so that it would be false in another.
 
-    split.*: into how many parts. *quantize*: by whom it was quantized (general.quantized_by), with
-    which importance matrix (quantize.imatrix.*), and by which version of some tool; not
-    general.quantization_version, which is written anew, as is general.file_type. general.uuid
-    names the content. All other keys are kept. They describe the model and its tokenizer, as
-    general.name, general.license and general.size_label do, or the file that is written, as
-    general.alignment does.
+    split.*: the number of parts. *quantize*: who quantized the file (general.quantized_by), with
+    which importance matrix (quantize.imatrix.*), and with which version of a tool; this does not
+    match general.quantization_version, which is set again, like general.file_type. general.uuid
+    identifies the content. All other keys are kept: they describe the model and its tokenizer, like
+    general.name, general.license and general.size_label, or apply to the new file, like
+    general.alignment.
     """
     return key.startswith("split.") or "quantize" in key or key == "general.uuid"
 
 
 def _check_same(metadata: dict, config, like: Path | str) -> None:
-    """ValueError unless the metadata describes a model of this configuration."""
+    """Raises ValueError unless the metadata describes a model of this configuration."""
     expected = _expected(metadata, config)
     for key, (value, default) in expected.items():
         found = metadata.get(key, default)
@@ -324,7 +327,7 @@ def _tokens(metadata: dict) -> int | None:
 
 
 def _says(found, value, layers: int) -> bool:
-    """Whether a value, or one for each layer, is the expected one."""
+    """Whether a value is the expected one, or an array with a value per layer holds only that."""
     found = np.asarray(found)
     return found.shape in ((), (layers,)) and bool((found == value).all())
 
@@ -335,14 +338,14 @@ def _short(value) -> str:
 
 
 def _expected(metadata: dict, config) -> dict[str, tuple]:
-    """key -> (the model's value, what llama.cpp assumes if the key is missing; None: nothing)."""
+    """key -> (the model's value, llama.cpp's default if the key is missing, or None)."""
     heads, length = config.num_attention_heads, config.max_position_embeddings
     even = config.hidden_size // heads
     same = {
         "general.architecture": ("llama", None),
         "general.type": ("model", "model"),
         "llama.block_count": (config.num_hidden_layers, None),
-        "llama.context_length": (length, length),  # is added
+        "llama.context_length": (length, length),  # added if it is missing
         "llama.embedding_length": (config.hidden_size, None),
         "llama.feed_forward_length": (config.intermediate_size, None),
         "llama.attention.head_count": (heads, None),
@@ -366,12 +369,12 @@ def _rope(metadata: dict, config) -> dict[str, tuple]:
     rope, length = config.rope_parameters, config.max_position_embeddings
     scaled = rope["rope_type"] in ("linear", "yarn")
     factor = np.float32(rope["factor"] if scaled else 1)
-    kind = "yarn" if rope["rope_type"] == "yarn" else "linear"  # linear by 1 is none
+    kind = "yarn" if rope["rope_type"] == "yarn" else "linear"  # a factor of 1 changes nothing
     if factor == 1 and kind == "linear" and metadata.get("llama.rope.scaling.type") == "none":
         kind = "none"
     original = rope.get("original_max_position_embeddings") or length
-    finetuned = metadata.get("llama.rope.scaling.finetuned")  # how it was trained, no more
-    old = metadata.get("llama.rope.scale_linear", 1)  # the name of the factor in old files
+    finetuned = metadata.get("llama.rope.scaling.finetuned")  # only says how it was trained
+    old = metadata.get("llama.rope.scale_linear", 1)  # the factor's name in old files
     default = metadata.get("llama.context_length", length) if kind == "yarn" else original
     return {
         "llama.rope.freq_base": (np.float32(rope["rope_theta"]), 10000),

@@ -1,21 +1,21 @@
 """How GPTQ's checkpoint format stores one weight: codes and zero points in 32-bit words.
 
 Whatever method chose the codes, a linear layer with in_features inputs, out_features outputs and
-`groups` groups in a row is stored as
+`groups` groups per row is stored as
 
     qweight  int32    (in_features * bits / 32, out_features)   the codes, a column per output
     qzeros   int32    (groups, out_features * bits / 32)        the zero points
     scales   float16  (groups, out_features)
     g_idx    int32    (in_features,)                            the group of each input
-    bias              (out_features,)                           where the layer has one
+    bias              (out_features,)                           if the layer has one
 
-and stands for weight = (code - zero_point) * scale, with unsigned codes. A `Conv1D` of GPT-2 is
-stored in the same way: its own weight is the transpose, here there is no difference. Codes and
-zero points form streams of bits, each code with its lowest bit first, cut into words of 32; with
-3 bits a code may lie across two words.
+These represent weight = (code - zero_point) * scale, with unsigned codes. A `Conv1D` of GPT-2 is
+stored in the same form, although its own weight is transposed. Codes and zero points form bit
+streams, each code with its lowest bit first, cut into 32-bit words; a 3-bit code may span two
+words.
 
-There are two formats. "gptq" stores the zero point less one, a slip of the first programs that was
-kept for compatibility, so it cannot hold a zero point of 0. "gptq_v2" stores it unchanged.
+There are two formats. "gptq" stores the zero point minus one, a mistake of the first programs that
+was kept for compatibility, so it cannot hold a zero point of 0. "gptq_v2" stores it unchanged.
 """
 
 import torch
@@ -30,7 +30,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def to_gptq(quantized: QuantizedTensor, checkpoint_format: str) -> dict[str, torch.Tensor]:
-    """The format's four tensors of one weight, as this module's docstring describes them.
+    """The four tensors of one weight, as the module's docstring describes them.
 
     `quantized`: (out_features, in_features), absmax or affine, both sides multiples of 32. Raises
     ValueError for scales that are not float16 numbers, and for zero points of 0 that format "gptq"
@@ -65,8 +65,7 @@ def to_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Packs each row of uint8 codes into 32-bit words, lowest bits first.
 
     (rows, count) -> int32 (rows, count * bits / 32). Our own stream has each code's highest bit
-    first: written from the last code to the first, and read from the last byte to the first, it
-    is this one.
+    first: with the codes packed in reverse order, its bytes in reverse order are this stream.
 
     >>> to_words(torch.tensor([[1, 2, 3, 0, 0, 0, 0, 0]], dtype=torch.uint8), bits=4)
     tensor([[801]], dtype=torch.int32)
@@ -83,7 +82,7 @@ def from_words(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _without_zero(codes, zero, bits):
-    """Codes (rows, groups, size) and zero points (rows, groups), the same grid without a 0."""
+    """Codes (rows, groups, size), zero points (rows, groups): the same weights, no zero point 0."""
     low = zero == 0
     stuck = low & (codes.amax(2) == 2**bits - 1)
     if stuck.any():
@@ -107,7 +106,7 @@ def from_gptq(tensors: dict, shape: torch.Size, settings: dict) -> QuantizedTens
     """The affine QuantizedTensor of a layer's four tensors; the inverse of `to_gptq`.
 
     `shape`: (out_features, in_features). `settings`: a quantization_config. Raises ValueError,
-    beginning with the tensor's name, for what is missing, damaged or cannot be expressed.
+    beginning with the tensor's name, for tensors that are missing, damaged or not supported.
     """
     rows, columns = shape
     bits, size = settings["bits"], settings["group_size"]
@@ -137,10 +136,10 @@ def from_gptq(tensors: dict, shape: torch.Size, settings: dict) -> QuantizedTens
 
 
 def _check_order(tensors: dict, columns: int, size: int, settings: dict) -> None:
-    """Raises ValueError unless each group is `size` neighbours.
+    """Raises ValueError unless each group consists of `size` neighboring inputs.
 
-    `g_idx` is optional: without it the inputs are in order. Zeros in it, with several groups and
-    without act-order, mean that the writing program made the tensor and never filled it.
+    `g_idx` is optional: without it the inputs are in order. If it is all zeros, with several groups
+    and without act-order, the program that wrote it never filled it.
     """
     if tensors.get("g_idx") is None:
         if settings.get("desc_act") and size < columns:
@@ -171,7 +170,7 @@ def _read_zero(qzeros: torch.Tensor, settings: dict) -> torch.Tensor:
         )
     if bits == 3:
         return stored + 1 & last
-    # it takes one off each code by subtracting whole words: a 0 borrows from its neighbour
+    # GPTQModel subtracts 1 from every code in whole words: a 0 borrows from its neighbor
     ones = sum(1 << shift for shift in range(0, 32, bits))
     return from_words(qzeros + ones, bits)
 

@@ -1,10 +1,11 @@
-"""The affine grid: evenly spaced levels, of which one is exactly zero.
+"""The affine grid: evenly spaced levels, one of which is exactly zero.
 
     scale = (high - low) / (2**bits - 1)      zero_point = round(-low / scale)
     code = round(w / scale) + zero_point      w' = (code - zero_point) * scale
 
-Everything here only broadcasts, so a scale may stand for a row, a group or a column of weights.
-`integer.py` rounds a whole weight to such grids, GPTQ one column at a time, AWQ in its searches.
+Everything here broadcasts, so a scale may belong to a row, a group or a column of weights.
+`integer.py` rounds a whole weight to such grids, GPTQ rounds one column at a time, and AWQ rounds
+in its searches.
 """
 
 from typing import NamedTuple
@@ -13,8 +14,8 @@ import torch
 
 from chapter13.tensors import round_scale
 
-# Fractions of the range that a search tries: clipping a few outermost weights may cost less than
-# the finer step gains for all the others.
+# Fractions of the range that a clip search tries: clipping a few extreme weights may cost less than
+# the finer step gains for all others.
 CLIP_FRACTIONS = [1 - step / 50 for step in range(21)]
 
 
@@ -33,7 +34,7 @@ class Grid(NamedTuple):
         return (weights / nonzero(self.scale)).round_().add_(self.zero).clamp_(0, self.levels)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
-        """The weights that codes stand for, float32."""
+        """The weights that codes represent, float32."""
         return (codes - self.zero) * self.scale
 
     def rows(self, part: slice) -> "Grid":
@@ -44,7 +45,7 @@ class Grid(NamedTuple):
 def affine_grid(low: torch.Tensor, high: torch.Tensor, bits: int, scale_dtype: torch.dtype) -> Grid:
     """The grids over ranges [low, high], which are widened to include 0.
 
-    `low`, `high`: of one shape and floating data type. The scales are float16 numbers if
+    `low`, `high`: of the same shape and floating data type. The scales are float16 numbers if
     `scale_dtype` is float16. Raises ValueError for a scale that `scale_dtype` cannot hold, and for
     a grid that would end beyond float32.
     """
@@ -71,7 +72,7 @@ def fit_grid(
 ) -> Grid:
     """The grid for a group of weights, float32 (columns, rows): a scale for each row, (rows,).
 
-    The weights are transposed here, so that what GPTQ works on at a time is contiguous.
+    The weights are transposed here, so that the column that GPTQ rounds is contiguous.
     `symmetric`: from -absmax to absmax, with the zero point in the middle; with 4 bits the scale is
     2 absmax / 15, as in GPTQ's original code. `importance` (columns,): also try CLIP_FRACTIONS of
     the range, and take for each row the one with the least squared error, weighted by column.

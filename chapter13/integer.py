@@ -4,15 +4,15 @@ Absmax puts the grid's outermost level on the largest magnitude:
 
     scale = max|w| / (2**(bits-1) - 1)        code = round(w / scale)        w' = code * scale
 
-Affine spends all 2**bits levels on the range that occurs, moved so that zero stays exact:
+Affine uses all 2**bits levels for the range of the weights, shifted so that zero is exact:
 
     scale = (max - min) / (2**bits - 1)       zero_point = round(-min / scale)
     code = round(w / scale) + zero_point      w' = (code - zero_point) * scale
 
-`round` takes a tie to the even neighbour, as torch does. The first five functions are the
-chapter's own; the general ones below them pack their codes and round their scales to float16
-before the codes are computed, as the file formats do. Weights are (out_features, in_features),
-like `torch.nn.Linear.weight`.
+`round` rounds ties to even, as torch does. The first five functions are the book chapter's own; the
+general ones below them pack their codes and round their scales to float16 before the codes are
+computed, as the file formats do. Weights are (out_features, in_features), like
+`torch.nn.Linear.weight`.
 """
 
 import torch
@@ -45,7 +45,7 @@ def quantize_absmax_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 def dequantize_absmax_int8(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The float32 weight that int8 codes and their scale stand for; the scale may be per row."""
+    """The float32 weight that int8 codes and their scale represent; the scale may be per row."""
     return codes.to(torch.float32) * scale
 
 
@@ -60,7 +60,7 @@ def quantize_per_channel(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 def quantize_groupwise(
     weight: torch.Tensor, group_size: int = 64
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One scale for each `group_size` neighbours in a row.
+    """One scale for each `group_size` neighboring weights in a row.
 
     Returns int8 codes (out, groups, group_size) and float32 scales (out, groups, 1). Raises as
     `quantize_per_channel`, and ValueError if the group size does not divide in_features.
@@ -88,10 +88,10 @@ def quantize_absmax(
     """Symmetric quantization: packed codes of 2 to 8 bits and one scale for each group.
 
     `group_size`: None for one scale per tensor, "channel" (or -1) for one per row, or the number of
-    neighbours in a row that share one. The error of a weight is at most scale / 2; a group below
-    `steps` * 2**-25, whose scale float16 rounds to 0, becomes zeros. Raises as
-    `quantize_per_channel`, and ValueError for bits out of range, a group size that does not divide
-    in_features, or a scale that `scale_dtype` cannot hold.
+    neighboring weights in a row that share one. The error of a weight is at most scale / 2; a group
+    with an absmax below (2**(bits-1) - 1) * 2**-25, whose scale float16 rounds to 0, becomes zeros.
+    Raises as `quantize_per_channel`, and ValueError for bits out of range, a group size that does
+    not divide in_features, or a scale that `scale_dtype` cannot hold.
     """
     check_bits(bits)
     weight = check_weight(weight)
@@ -143,7 +143,7 @@ def quantize_affine(
 
 
 def _chapter_absmax(weight, group_size, steps):
-    """What the chapter's functions return: codes in a byte each, float32 scales."""
+    """The result of the chapter's functions: codes of one byte each, float32 scales."""
     weight = check_weight(weight)
     scale, codes = _absmax(weight, group_size, steps, torch.float32)
     return codes.view(weight.shape), scale

@@ -1,7 +1,7 @@
 """Error measures of one tensor or layer.
 
 Each measure takes the reference first and the approximation second, any shape and floating data
-type, and returns a Python float. Sums are taken in float64, so a CPU and a GPU agree.
+type, and returns a Python float. Sums are taken in float64, so that a CPU and a GPU agree.
 """
 
 import math
@@ -32,7 +32,7 @@ def relative_rmse(reference: torch.Tensor, approximation: torch.Tensor) -> float
 def sqnr_db(reference: torch.Tensor, approximation: torch.Tensor) -> float:
     """Signal-to-quantization-noise ratio in dB: -20 log10(relative_rmse); inf without error.
 
-    One more bit of a uniform grid is worth about 6 dB.
+    One more bit of a uniform grid adds about 6 dB.
     """
     relative = relative_rmse(reference, approximation)
     return -20 * math.log10(relative) if relative else math.inf

@@ -1,10 +1,10 @@
-"""What a language model takes in memory: its parameters, their bytes, the KV cache.
+"""The memory that a language model needs: its parameters, their bytes, the KV cache.
 
-`model_size_mb` and `memory_breakdown` count a model that is there. The rest is arithmetic on the
-published shape of a decoder of the Llama family: embeddings; in each layer four attention matrices,
-three of the MLP and two norms; a last norm; and a head, which small models share with the
-embeddings ("tied"). Bytes follow `QuantizedTensor.nbytes`. Not counted: activations and what the
-driver keeps for itself.
+`model_size_mb` and `memory_breakdown` count the bytes of a model in memory. The rest is arithmetic
+on the published shape of a decoder of the Llama family: embeddings; in each layer four attention
+matrices, three MLP matrices and two norms; a final norm; and a head, which small models share with
+the embeddings ("tied"). Bytes follow `QuantizedTensor.nbytes`. Not counted: activations and the
+memory that the driver reserves.
 
 GB means 1e9 bytes.
 """
@@ -45,10 +45,10 @@ class Shape:
     """Width of the MLP's hidden layer."""
     heads: int
     kv_heads: int
-    """Heads of keys and values; fewer than `heads` is grouped-query attention."""
+    """Heads of keys and values; fewer than `heads` in grouped-query attention."""
     head_dim: int
     tied: bool = False
-    """Whether the head is the embedding matrix."""
+    """Whether the head shares the embedding matrix."""
 
     def linears(self) -> list[tuple[int, int]]:
         """(out_features, in_features) of one layer's q, k, v, o, gate, up and down projection."""
@@ -80,12 +80,12 @@ CARDS = {
     "H200": 141,
     "MI300X": 192,
 }
-"""Published memory in GB; of the A100 the larger model."""
+"""Published memory in GB; for the A100 that of the larger model."""
 CONSUMER = list(CARDS)[:6]
 
 
 def parameters(shape: Shape) -> dict[str, int]:
-    """The number of parameters by part. The head is 0 where it is tied to the embeddings."""
+    """The number of parameters by part. The head is 0 if it is tied to the embeddings."""
     sizes = [out * in_ for out, in_ in shape.linears()]
     embeddings = shape.vocabulary * shape.hidden
     return {
@@ -102,12 +102,12 @@ def linear_bytes(
 ) -> tuple[int, int]:
     """(bytes of the codes, bytes of the scales) of a weight (out_features, in_features).
 
-    `format`: a key of FORMATS. `group_size`: how many weights share a scale, or "channel" for one a
-    row; floating-point formats have no scales. For NF4 it counts weights of the flattened matrix,
-    the last block may be short, and "channel" does not apply.
+    `format`: a key of FORMATS. `group_size`: how many weights share a scale, or "channel" for one
+    per row; floating-point formats have no scales. For NF4 it counts weights of the flattened
+    matrix, the last block may be short, and "channel" does not apply.
 
     Equal to `.nbytes` of `quantize_absmax(weight, bits, group_size)` and of
-    `quantize_codebook(weight, "nf4", group_size, double_quant)`. Raises ValueError where these do:
+    `quantize_codebook(weight, "nf4", group_size, double_quant)`. Raises ValueError as these do:
     for a group size that does not divide in_features, and for NF4 per channel.
     """
     if format not in FORMATS:
@@ -119,7 +119,7 @@ def linear_bytes(
         return codes, 0
     if format.startswith("nf4"):
         if group_size == "channel":
-            raise ValueError("NF4 has blocks of a fixed size, no channels: choose a number")
+            raise ValueError("NF4 has blocks of a fixed size, not channels: choose a number")
         blocks = -(-count // group_size)
         if format == "nf4":
             return codes, 4 * blocks
@@ -140,8 +140,8 @@ def weight_bytes(
 ) -> dict[str, int]:
     """The bytes of all weights: "codes" and "scales" of the linear layers, and "kept".
 
-    Kept are embeddings, head and norms, which are usually not quantized: with `kept_bits` bits
-    each, or 32 where the format is fp32. Raises as `linear_bytes`.
+    "kept" are embeddings, head and norms, which are usually not quantized: with `kept_bits` bits
+    each, or 32 if the format is fp32. Raises as `linear_bytes`.
     """
     sizes = [linear_bytes(linear, format, group_size) for linear in shape.linears()]
     parts = parameters(shape)
@@ -156,7 +156,7 @@ def weight_bytes(
 def kv_cache_bytes(shape: Shape, tokens: int, batch: int = 1, bits: int = 16) -> int:
     """The bytes of all keys and values of `batch` texts of `tokens` tokens.
 
-    Below 16 bits, each head's vector of each token has a float16 scale of its own.
+    Below 16 bits, the vector of each head and token has its own float16 scale.
     """
     vector = packed_size(shape.head_dim, bits) + (2 if bits < 16 else 0)
     return 2 * shape.layers * shape.kv_heads * vector * tokens * batch
@@ -166,7 +166,7 @@ def similar_shape(count: float, layers: int) -> Shape:
     """A shape like Llama 2's, with about `count` parameters in `layers` layers.
 
     Llama 2's rules: 32000 tokens, heads of 128, and an MLP 8/3 as wide as the hidden size, rounded
-    up to a multiple of 256. The hidden size is the multiple of 128 that comes closest.
+    up to a multiple of 256. The hidden size is the multiple of 128 that gives the closest count.
     """
 
     def shape(heads: int) -> Shape:
@@ -185,7 +185,7 @@ def similar_shape(count: float, layers: int) -> Shape:
 def model_size_mb(model: torch.nn.Module) -> float:
     """The bytes of a model's weights in MB (1e6 bytes), as a saved file would hold them.
 
-    Counts what `state_dict` holds: parameters, buffers, packed weights of torch's quantized
+    Counts everything in `state_dict`: parameters, buffers, packed weights of torch's quantized
     layers (which `parameters()` does not show), scales. Memory that two names share (tied
     embeddings) counts once.
     """
@@ -195,9 +195,9 @@ def model_size_mb(model: torch.nn.Module) -> float:
 def memory_breakdown(model: torch.nn.Module) -> dict[str, int]:
     """The bytes of a model's weights by part; together they are `model_size_mb`.
 
-    "linears": weights or codes of the linear layers, of whichever library; "scales": what these
-    hold beside: scales, zero points, code books; "embeddings": embeddings and output head; "rest":
-    norms, biases, other buffers.
+    "linears": weights or codes of the linear layers, of any library; "scales": their scales, zero
+    points and code books; "embeddings": embeddings and output head; "rest": norms, biases, other
+    buffers.
     """
     modules = dict(model.named_modules())
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -209,7 +209,7 @@ def memory_breakdown(model: torch.nn.Module) -> dict[str, int]:
         _collect(value, seen)
         sizes = [seen[place] for place in seen if place not in before]
         owner, _, name = key.rpartition(".")
-        # "weight.absmax" is of the layer that has the weight, "_packed_params" of that around it
+        # "weight.absmax" belongs to the layer of the weight, "_packed_params" to the one around it
         while owner not in modules or type(modules[owner]).__name__ == "LinearPackedParams":
             owner, _, name = owner.rpartition(".")
         module = modules[owner]
@@ -227,7 +227,7 @@ def memory_breakdown(model: torch.nn.Module) -> dict[str, int]:
 
 
 def _collect(value, seen: dict[tuple, int]) -> None:
-    """Adds the bytes of all tensors inside a value of a state dict, by where they lie in memory."""
+    """Adds the bytes of all tensors inside a value of a state dict, by their place in memory."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, (list, tuple)):

@@ -1,7 +1,7 @@
-"""A model's files, checked before the long work: weights, configuration, tokenizer.
+"""Checks a model's files before any long work: weights, configuration, tokenizer.
 
-What is wrong is said in one line that names the file, in place of another library's paragraph or a
-model of random numbers.
+An error is one line that names the file, instead of another library's paragraph or a model with
+random weights.
 """
 
 import json
@@ -34,13 +34,13 @@ def read_json(path: Path) -> dict:
 
 
 def check_files(folder: str | Path) -> None:
-    """Raises unless a folder's safetensors files are whole, as far as their headers and sizes say.
+    """Raises unless a folder's safetensors files are complete, by their headers and sizes.
 
     Checks the files that `load` would read: model.safetensors, else those that the index names,
-    else all. A folder without any passes.
+    else all. A folder without such files passes.
 
-    Raises FileNotFoundError for a file that the index names and that is not there, ValueError for a
-    Git LFS pointer in the place of a file, and for a file or an index that is cut off or corrupt.
+    Raises FileNotFoundError if a file that the index names is missing, ValueError for a Git LFS
+    pointer instead of a file, and for a file or an index that is truncated or corrupt.
     """
     _stored(Path(folder))
 
@@ -57,7 +57,7 @@ def _stored(folder: Path) -> dict[str, Path]:
                 places |= dict.fromkeys(opened.keys(), file)
         except SafetensorError as error:
             raise ValueError(
-                f"{file} is cut off or corrupt ({in_one_line(error, 80)}): fetch it again"
+                f"{file} is truncated or corrupt ({in_one_line(error, 80)}): fetch it again"
             ) from error
     return places
 
@@ -82,7 +82,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def check_pointer(file: Path) -> None:
-    """Raises ValueError for a Git LFS pointer in the place of a file, OSError if there is none."""
+    """Raises ValueError for a Git LFS pointer instead of a file, OSError if there is no file."""
     with file.open("rb") as opened:
         if opened.read(len(LFS)) == LFS:
             raise ValueError(
@@ -91,10 +91,10 @@ def check_pointer(file: Path) -> None:
 
 
 def load_weights(source: str, config, dtype: torch.dtype | str, safe: dict) -> nn.Module:
-    """The model that `config` describes, all of its weights from the checkpoint.
+    """The model that `config` describes, with all of its weights from the checkpoint.
 
     `dtype`, `safe`: for transformers' `from_pretrained`. Raises ValueError for quantized weights
-    and unless each parameter has its tensor, of its shape. Warns of tensors that are not used.
+    and if a parameter's tensor is missing or has another shape. Warns about unused tensors.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -114,15 +114,15 @@ def load_weights(source: str, config, dtype: torch.dtype | str, safe: dict) -> n
             )
     except SafetensorError as error:  # in the hub's cache: a folder was checked before
         raise ValueError(
-            f"the copy of {source} in the Hugging Face cache is cut off or corrupt "
+            f"the copy of {source} in the Hugging Face cache is truncated or corrupt "
             f"({in_one_line(error, 80)}): delete it there and load the model again"
         ) from error
     except RuntimeError as error:
         if "conversion of the weights" not in str(error):
             raise
         raise ValueError(
-            f"{source} lacks tensors that transformers puts together into one, such as those of "
-            f"the experts. {AGAIN}"
+            f"{source} lacks tensors that transformers merges into one, such as those of the "
+            f"experts. {AGAIN}"
         ) from error
     _check_complete(source, model, info)
     _check_unused(source, model, sorted(info["unexpected_keys"]))
@@ -130,7 +130,7 @@ def load_weights(source: str, config, dtype: torch.dtype | str, safe: dict) -> n
 
 
 def _refuse_quantized(folder: Path) -> None:
-    """Raises ValueError for weights whose scales transformers would leave out."""
+    """Raises ValueError for weights whose scales transformers would ignore."""
     from safetensors import safe_open
 
     for path in _weight_files(folder):
@@ -147,33 +147,33 @@ def _refuse_quantized(folder: Path) -> None:
 
 
 def _check_complete(source: str, model: nn.Module, info: dict) -> None:
-    """Raises ValueError where transformers filled in random numbers; `info`: its loading info."""
+    """Raises ValueError if transformers filled in random weights; `info`: its loading info."""
     if packed := sorted(key for key in info["unexpected_keys"] if key.endswith(QUANTIZED)):
         raise ValueError(quantized_already(source, f"it has {packed[0]}"))
     if shapes := sorted(info["mismatched_keys"]):
         name, stored, expected = shapes[0]
         raise ValueError(
-            f"{source}: {name} has shape {tuple(stored)}, config.json asks for {tuple(expected)} "
-            f"({len(shapes)} such tensors). {AGAIN}"
+            f"{source}: {name} has shape {tuple(stored)}, but config.json requires "
+            f"{tuple(expected)} ({len(shapes)} such tensors). {AGAIN}"
         )
     if missing := sorted(info["missing_keys"]):
         only_the_head = set(missing) <= set(getattr(model, "_tied_weights_keys", None) or ())
         tied = 'if its head is tied to the embeddings, set "tie_word_embeddings": true there'
         raise ValueError(
-            f"{source} lacks {len(missing)} tensors that its config.json asks for, first "
+            f"{source} lacks {len(missing)} tensors that its config.json requires, first "
             f"{missing[0]}. {AGAIN}{f'; {tied}' if only_the_head else ''}"
         )
 
 
 def _check_unused(source: str, model: nn.Module, unused: list[str]) -> None:
-    """Raises ValueError for parameters that layers were made without; warns of other tensors."""
+    """Raises ValueError for parameters that the layers lack; warns about other unused tensors."""
     owned = {name: _owner(model, name) for name in unused}
     for name, (owner, leaf) in owned.items():
         if owner is not None and owner._parameters.get(leaf, leaf) is None:
             raise ValueError(
                 f"{source} has {name}, but config.json describes layers without {leaf}. {AGAIN}"
             )
-    # what a model computes itself, such as GPT-2's causal mask, older programs stored
+    # older programs stored tensors that a model computes itself, such as GPT-2's causal mask
     rest = [name for name, (owner, leaf) in owned.items() if not (owner and leaf in owner._buffers)]
     if rest:
         warnings.warn(
@@ -196,7 +196,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module | None, str]:
 
 @contextmanager
 def _without_report():
-    """Silences transformers' table of missing tensors, of which `_check_complete` tells."""
+    """Silences transformers' table of missing tensors, which `_check_complete` reports."""
     logger = logging.getLogger("transformers.modeling_utils")
 
     def errors_only(record):
@@ -217,9 +217,9 @@ def quantized_already(source: str, why: str) -> str:
 
 
 def load_config(source: str, safe: dict):
-    """A model's configuration; its `tie_word_embeddings` is what the weights of a folder say.
+    """A model's configuration; for a folder, `tie_word_embeddings` follows the stored weights.
 
-    `safe`: how transformers is to load. Raises ValueError or OSError, in one line, for files as
+    `safe`: loading options for transformers. Raises ValueError or OSError, in one line, as
     `check_files`, for a damaged config.json, and for a model that is not a decoder-only causal
     language model of transformers.
     """
@@ -241,7 +241,7 @@ def load_config(source: str, safe: dict):
             named = repr(kind) if folder else "the one that its config.json names"
             raise ValueError(
                 f"{source}: transformers {version} does not know the model_type {named}; a newer "
-                "one may: pip install --upgrade transformers"
+                "version may: pip install --upgrade transformers"
             ) from error
         raise ValueError(f"{source}: config.json is refused: {in_one_line(error)}") from error
     made = _causal_class(source, config)
@@ -251,7 +251,7 @@ def load_config(source: str, safe: dict):
 
 
 def _check_config_file(folder: Path) -> str:
-    """The model_type that config.json names; raises where there is none."""
+    """The model_type that config.json names; raises if there is none."""
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no model: it has no config.json")
@@ -293,7 +293,7 @@ def _causal_class(source: str, config) -> type:
 
 
 def _own_head(made: type, stored: dict[str, Path]) -> bool:
-    """Whether the files hold a head that differs from the embeddings that it could be tied to."""
+    """Whether the files hold a head that differs from the embeddings it could be tied to."""
     pairs, prefix = made._tied_weights_keys, f"{made.base_model_prefix}."
     for head, embeddings in pairs.items() if isinstance(pairs, dict) else ():
         found = [
@@ -316,8 +316,8 @@ def _tensor(file: Path, name: str) -> torch.Tensor:
 
 def load_tokenizer(source: str, safe: dict):
     """A model's tokenizer. Raises FileNotFoundError if there is none, ImportError with the package
-    to install if it needs one, ValueError if it is damaged, has a Git LFS pointer in the place of a
-    file, or comes with code of its own.
+    to install if it needs one, ValueError if it is damaged, has a Git LFS pointer instead of a
+    file, or comes with its own code.
     """
     from transformers import AutoTokenizer
 
@@ -327,7 +327,7 @@ def load_tokenizer(source: str, safe: dict):
                 check_pointer(file)
     try:
         return AutoTokenizer.from_pretrained(source, **safe)
-    except Exception as error:  # the tokenizers library raises bare ones
+    except Exception as error:  # the tokenizers library raises bare Exceptions
         folder = Path(source) if Path(source).is_dir() else None
         if isinstance(error, OSError) and not folder:
             raise
@@ -351,7 +351,7 @@ def _holds_tokenizer(folder: Path) -> bool:
 
 
 def _packages(source: str, said: str) -> list[str]:
-    """What to install for a tokenizer, from its file and from transformers' error."""
+    """The packages to install for a tokenizer, by its file and transformers' error."""
     from huggingface_hub import try_to_load_from_cache
 
     said = said.lower()
@@ -362,7 +362,7 @@ def _packages(source: str, said: str) -> list[str]:
         file = try_to_load_from_cache(source, file.name)
         file = Path(file) if isinstance(file, str) else None
     if file and file.is_file():
-        # transformers names tiktoken for either; a SentencePiece file starts with a protobuf tag
+        # transformers names tiktoken for both; a SentencePiece file starts with a protobuf tag
         piece = file.read_bytes()[:1] == b"\n"
     else:
         piece = "tiktoken" not in said
@@ -377,7 +377,7 @@ def _packages(source: str, said: str) -> list[str]:
 def _installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # google, in which protobuf would be
+    except ModuleNotFoundError:  # there is no package google, which would contain protobuf
         return False
 
 

@@ -1,6 +1,6 @@
 """Load the course's embedded model, or any causal language model by its Hugging Face id.
 
-Weights come from safetensors files alone: they hold numbers, where a pickle may hold a program.
+Weights are read only from safetensors files, which hold numbers; a pickle may hold a program.
 """
 
 import os
@@ -28,24 +28,23 @@ HUB_TIMEOUT = 5  # seconds
 def load(name: str = EMBEDDED, device: str | torch.device | None = None, mapped: bool = False):
     """A causal language model in float32, ready to evaluate, and its tokenizer.
 
-    `name`: "smollm2-135m", the embedded model, for which no network is touched; else the id of a
-    model on the Hugging Face hub, such as "gpt2", or a folder that holds one.
-    `device`: as `find_device` takes it; None takes the GPU when there is one, else the CPU.
-    `mapped`: keep the data type that the checkpoint says it has, and compute in float32 all the
-    same (see `compute_in_float32`). The cast takes time at each use, but no memory: on the CPU a
-    checkpoint in 16 bits, in one file or many, then stays where it is, on the disk.
+    `name`: "smollm2-135m", the embedded model, which needs no network; or the id of a model on the
+    Hugging Face hub, such as "gpt2"; or the folder of a model.
+    `device`: as for `find_device`; None takes the GPU if there is one, else the CPU.
+    `mapped`: keep the data type of the checkpoint, but compute in float32 (see
+    `compute_in_float32`). The cast takes time at each use, and memory for one layer at a time: on
+    the CPU a 16-bit checkpoint, in one file or several, stays memory-mapped on the disk.
 
     Returns (model, tokenizer), as transformers' Auto classes make them. On the CPU the weights of a
-    float32 checkpoint are views of the mapped file, which programs that run side by side share in
-    memory.
+    float32 checkpoint are views of the mapped file, which several processes share in memory.
 
-    Raises FileNotFoundError when the embedded model was not fetched yet, ConnectionError when the
-    hub is out of reach and has not been asked for this model before, OSError (by transformers) when
-    there is no such model or it has no safetensors file, ImportError when the tokenizer needs a
-    package that is not installed, and ValueError as `find_device` and `check_files`, for a model
-    that is not a decoder-only language model, is quantized or comes with code of its own, for a
-    checkpoint that lacks tensors or has one in another shape, and for a name that is no folder and
-    that no model on the hub can have. Warns of tensors that the model does not use.
+    Raises FileNotFoundError if the embedded model was not fetched yet, ConnectionError if the hub
+    cannot be reached and the model is not in its cache, OSError (by transformers) if there is no
+    such model or it has no safetensors file, ImportError if the tokenizer needs a package that is
+    not installed, and ValueError as `find_device` and `check_files`, for a model that is not a
+    decoder-only language model, is quantized or comes with its own code, for a checkpoint that
+    lacks tensors or has one in another shape, and for a name that is neither a folder nor a valid
+    id. Warns about tensors that the model does not use.
     """
     device = find_device(device)
     with _found(name) as (source, safe):
@@ -59,10 +58,10 @@ def load(name: str = EMBEDDED, device: str | torch.device | None = None, mapped:
 
 
 def find_device(name: str | torch.device | None = None) -> torch.device:
-    """Where models go: to `name`, or where the environment variable CHAPTER13_DEVICE says ("cpu",
-    "cuda", "cuda:1"), or to the GPU when there is one, else to the CPU.
+    """The device for models: `name`, else the environment variable CHAPTER13_DEVICE ("cpu",
+    "cuda", "cuda:1"), else the GPU if there is one, else the CPU.
 
-    Raises ValueError for what is no device, and for a GPU that PyTorch does not find: why not.
+    Raises ValueError if there is no such device; for a GPU that PyTorch does not find it says why.
     """
     name = name or os.environ.get("CHAPTER13_DEVICE")
     if not name:
@@ -70,7 +69,7 @@ def find_device(name: str | torch.device | None = None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"a device is called cpu, cuda or cuda:1, not {name!r}") from None
+        raise ValueError(f"the device must be cpu, cuda or cuda:1, not {name!r}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         why = f"it is built for CUDA {torch.version.cuda}, but no driver answers: see nvidia-smi"
         if torch.version.cuda is None:
@@ -80,13 +79,13 @@ def find_device(name: str | torch.device | None = None) -> torch.device:
 
 
 def skeleton(name: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A model of the shape that a model's `config.json` describes, its weights not allocated yet.
+    """The model that `config.json` describes, without memory for its weights.
 
-    Parameters are on torch's "meta" device, buffers are real. `name`: as `load` takes it; nothing
-    but the configuration is fetched. Of a folder's weights the headers are read and, if the folder
-    stores a head although its configuration says that the head is tied, these two tensors.
+    Parameters are on the meta device, buffers are real. `name`: as for `load`; only the
+    configuration is fetched. In a folder the headers of the weights are read, and the head and the
+    embeddings too if a head is stored although the configuration says that it is tied.
 
-    Raises as `load`, except for what concerns tokenizers and missing tensors.
+    Raises as `load`, except for errors of tokenizers and missing tensors.
     """
     with _found(name) as (source, safe):
         from accelerate import init_empty_weights
@@ -104,11 +103,11 @@ def skeleton(name: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def compute_in_float32(model: nn.Module) -> nn.Module:
-    """Lets a model with weights in float16 or bfloat16 compute in float32; returns the model.
+    """Makes a model with weights in float16 or bfloat16 compute in float32; returns the model.
 
-    Each module's own weights are cast while it computes, and the copies are gone afterwards: one
-    layer at a time. Embeddings are looked up first and cast then. So Llama and GPT-2 compute, bit
-    for bit, what they would with all weights cast to float32.
+    Each module's own weights are cast while it computes, so there are copies of one layer at a
+    time. Embeddings are cast after the look-up. Llama and GPT-2 then compute, bit for bit, the same
+    as with all weights cast to float32.
     """
     for module in model.modules():
         if any(map(_narrow, module.parameters(recurse=False))):
@@ -142,7 +141,7 @@ def _narrow(parameter: torch.Tensor) -> bool:
 
 @contextmanager
 def _found(name: str | Path):
-    """(what transformers is to load, how) for a model's name; its errors in our words."""
+    """(source, loading options) of a model for transformers; shortens transformers' errors."""
     if name == EMBEDDED:
         source, local = str(require(EMBEDDED)), True
     elif Path(name).is_file():
@@ -150,12 +149,12 @@ def _found(name: str | Path):
     else:
         source, local = str(name), Path(name).is_dir() or not _hub_answers(str(name))
 
-    silence_torchao()  # before transformers comes in
+    silence_torchao()  # before transformers is imported
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()
     if local:
-        logging.disable_progress_bar()  # over before it can be read
+        logging.disable_progress_bar()  # loading is too fast for a bar
     try:
         yield source, {"trust_remote_code": False, "local_files_only": local}
     except OSError as error:
@@ -164,8 +163,8 @@ def _found(name: str | Path):
                 raise
             raise OSError(in_one_line(error, 300)) from error  # transformers writes paragraphs
         raise ConnectionError(
-            f"The Hugging Face hub cannot be reached, and {name!r} is not among the models fetched "
-            f"from it before. Without a network use the embedded model: load({EMBEDDED!r})."
+            f"The Hugging Face hub cannot be reached, and {name!r} is not among the models that "
+            f"were fetched before. Without a network use the embedded model: load({EMBEDDED!r})."
         ) from error
     finally:
         if bars:
@@ -173,14 +172,14 @@ def _found(name: str | Path):
 
 
 def _hub_answers(name: str) -> bool:
-    """One question with a time limit: offline, transformers would retry for 23 seconds."""
+    """Asks the hub once, with a time limit: offline, transformers would retry for 23 seconds."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         HfApi().model_info(name, timeout=HUB_TIMEOUT)
     except HfHubHTTPError:
-        return True  # an answer: no such model, or not for us; transformers will say so
+        return True  # an answer: no such model, or no access to it; transformers will report it
     except ValueError as error:
         raise ValueError(
             f"there is no folder {name}, and it is not the id of a model: {in_one_line(error, 80)}"
@@ -196,12 +195,12 @@ def linear_weights(path: Path | str | None = None) -> dict[str, torch.Tensor]:
     Returns name -> float32 tensor (out_features, in_features), without the embeddings and the head;
     e.g. "model.layers.0.mlp.down_proj.weight" (576, 1536). `path`: another safetensors file.
 
-    The tensors are views of the mapped file: the first look at a value reads it from disk, and
-    programs that run side by side share one copy in memory. Do not change them in place: that never
-    reaches the file, but every holder of the tensor sees it and it takes memory of its own. Work on
-    a `.clone()`.
+    The tensors are views of the mapped file: the first access to a value reads it from disk, and
+    several processes share one copy in memory. Do not change them in place: the file does not
+    change, but all code that uses the tensor sees the change, and it takes extra memory. Work on a
+    `.clone()`.
 
-    Raises FileNotFoundError when the data was not fetched yet.
+    Raises FileNotFoundError if the data was not fetched yet.
     """
     from safetensors import safe_open
 
@@ -213,14 +212,14 @@ def linear_weights(path: Path | str | None = None) -> dict[str, torch.Tensor]:
 
 
 def gguf_path() -> Path:
-    """The GGUF file that the embedded model was made from: 4-bit weights, channels as they were.
+    """The GGUF file that the embedded model was made from: 4-bit weights, channels not shuffled.
 
-    Raises FileNotFoundError when the data was not fetched yet.
+    Raises FileNotFoundError if the data was not fetched yet.
     """
     return require("smollm2-gguf") / GGUF
 
 
 def _place(name: str) -> tuple[int, int]:
-    """Sort key: layer 2 before layer 10, and inside a layer the order in which it computes."""
+    """Sort key: layer 2 before layer 10, and within a layer the order of computation."""
     _, _, layer, _, kind, _ = name.split(".")
     return int(layer), LINEARS.index(kind)

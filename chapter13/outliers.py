@@ -1,13 +1,13 @@
-"""Two ways around outliers in activations: LLM.int8() keeps them apart, SmoothQuant moves them.
+"""Two methods for outliers in activations: LLM.int8() separates them, SmoothQuant moves them.
 
 A few input channels of a transformer's linear layers are tens of times larger than the rest. One
-scale for all of a token's channels then leaves a handful of codes to the others.
+scale for all channels of a token then leaves only a few codes for the others.
 
 - LLM.int8() (Dettmers et al. 2022, https://arxiv.org/abs/2208.07339), as bitsandbytes does it:
   columns with a magnitude of 6 or more are multiplied in float16, the others in int8
 - SmoothQuant (Xiao et al. 2023, https://arxiv.org/abs/2211.10438): channel j of the activations is
-  divided by s_j, and column j of the weight multiplied by it. The product is the same, the norm
-  before it takes the division in, and quantization has an easier time
+  divided by s_j, and column j of the weight multiplied by it. The product is the same, the division
+  is folded into the norm before it, and the activations are easier to quantize
 """
 
 import torch
@@ -35,8 +35,8 @@ def split_outliers(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Activations (rows, features) in float16 -> (int8 codes, absmax (rows,), outlier columns).
 
-    A column with any |x| >= threshold is an outlier: its codes are 0, and the absmax of a row does
-    not count the elements that reach the threshold.
+    A column with any |x| >= threshold is an outlier: its codes are 0. The absmax of a row ignores
+    the elements that reach the threshold.
     """
     outliers = x.abs() >= threshold
     codes, absmax = quantize_rows(x.masked_fill(outliers, 0))
@@ -51,7 +51,7 @@ class MixedLinear(nn.Module):
     `weight`: (out_features, in_features); `threshold`: magnitude from which an activation is an
     outlier, 6 in the paper. Activations are rounded to float16 first, as bitsandbytes does.
     Raises as `quantize_absmax`, and ValueError for weights beyond float16, for a threshold that is
-    not positive and for inputs of another width.
+    not positive and for inputs of the wrong width.
     """
 
     def __init__(self, weight, bias=None, threshold=6.0):
@@ -94,9 +94,9 @@ class MixedLinear(nn.Module):
 
 
 def quantize_llm_int8(model: nn.Module, threshold: float = 6.0, progress: bool = True) -> nn.Module:
-    """Puts a MixedLinear in the place of every linear layer but the head; returns the model.
+    """Replaces every linear layer except the head with a MixedLinear; returns the model.
 
-    When anything fails the model is unchanged. Raises ValueError for weights beyond float16.
+    After an error the model is unchanged. Raises ValueError for weights beyond float16.
     """
     return replace_layers(
         model,
@@ -118,7 +118,7 @@ def smoothing(
         raise ValueError(f"alpha must lie between 0 and 1, not {alpha!r}")
     largest = torch.stack([weight.detach().float().abs().amax(0) for weight in weights]).amax(0)
     absmax = activation_absmax.to(largest.device).float()
-    # a channel that is never used would give 0, and a division by it
+    # a channel that is always 0 would give s = 0, and a division by 0
     return (absmax.clamp(min=1e-5) ** alpha / largest.clamp(min=1e-5) ** (1 - alpha)).clamp(
         min=1e-5
     )
@@ -126,10 +126,11 @@ def smoothing(
 
 @torch.no_grad()
 def smooth(model: nn.Module, calibration: dict[str, Statistics], alpha: float = 0.5) -> nn.Module:
-    """Moves outliers from activations into weights, in place; the model's function stays.
+    """Moves outliers from activations into weights, in place, without changing the function.
 
-    For each norm that feeds linear layers: its gain, and bias, divided by s, the columns of those
-    layers multiplied by it. `calibration`: what `static.calibrate` returned. Returns the model.
+    For each norm that feeds linear layers, its gain and bias are divided by s, and the columns of
+    those layers are multiplied by s. `calibration`: the result of `static.calibrate`. Returns the
+    model.
     Raises ValueError, before any change, for a model whose blocks are not Llama's or GPT-2's.
     """
     blocks = {

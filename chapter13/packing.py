@@ -9,17 +9,17 @@ tensor([18, 48], dtype=torch.uint8)
 >>> unpack(torch.tensor([18, 48], dtype=torch.uint8), bits=4, count=3)
 tensor([1, 2, 3], dtype=torch.uint8)
 
-Instead of one code after the other, a whole machine word is merged at once. Eight codes, a byte
-each, are read as four 16-bit lanes that hold two codes; a shift and an "or" put the two side by
-side, and the same step on 32-bit and 64-bit lanes joins the pairs, until the bits fill whole bytes.
-Lanes are read with their first byte lowest, so this needs a little-endian machine.
+The codes are not packed one by one, but in whole machine words. Eight codes of one byte each are
+read as four 16-bit lanes of two codes; a shift and an "or" put the two side by side. The same step
+on 32-bit and 64-bit lanes joins the pairs, until the bits fill whole bytes. The first byte of a
+lane must be its lowest, so this needs a little-endian machine.
 """
 
 import torch
 
 _LANES = {16: torch.int16, 32: torch.int32, 64: torch.int64}
-PIECE = 1 << 18  # elements worked on at a time: 1 MiB of float32 stays in the cache
-GPU_PIECE = 1 << 24  # on a GPU each piece costs launches of kernels, so: few, of 64 MiB
+PIECE = 1 << 18  # elements processed at a time: 1 MiB of float32 stays in the cache
+GPU_PIECE = 1 << 24  # on a GPU each piece costs kernel launches, so pieces are larger: 64 MiB
 
 
 def piece_size(tensor: torch.Tensor) -> int:
@@ -35,9 +35,9 @@ def packed_size(count: int, bits: int) -> int:
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Packs uint8 codes of any shape, each below 2**bits, into `packed_size` bytes.
 
-    Unused bits of the last byte are zero. Codes of 8 bits are bytes already: they come back as they
-    are, without a copy. Raises ValueError if `bits` is not 2 to 8 or a code does
-    not fit, TypeError if the codes are not uint8.
+    Unused bits of the last byte are zero. Codes of 8 bits are returned unchanged, without a copy.
+    Raises ValueError if `bits` is not 2 to 8 or a code does not fit, TypeError if the codes are not
+    uint8.
     """
     check_bits(bits)
     if codes.dtype != torch.uint8:
@@ -64,14 +64,14 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         for byte in range(bytes_in_lane):  # the word's highest byte comes first in the stream
             rows[:, byte] = merged[:, bytes_in_lane - 1 - byte]
     size = packed_size(codes.numel(), bits)
-    # a slice of a longer tensor would keep the bytes that it does not show
+    # a slice would keep the memory of the longer tensor
     return packed.view(-1) if packed.numel() == size else packed.view(-1)[:size].clone()
 
 
 def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """The first `count` codes of a packed stream, as uint8 in one dimension.
 
-    Raises ValueError if `bits` is not 2 to 8 or the stream has another length than `count` codes.
+    Raises ValueError if `bits` is not 2 to 8 or the stream's length does not match `count` codes.
     """
     check_bits(bits)
     packed = packed.reshape(-1)
@@ -101,10 +101,10 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
 
 
 def cut(packed: torch.Tensor, bits: int, start: int, stop: int) -> torch.Tensor:
-    """Codes `start` to `stop` of a packed stream as a stream of their own, in its own memory.
+    """Codes `start` to `stop` of a packed stream as a new stream with its own memory.
 
-    The bytes are shifted as they are, unless the cut falls between two of them. Raises ValueError
-    if `bits` is not 2 to 8 or the stream has fewer than `stop` codes.
+    Nothing is unpacked: bytes are copied, and shifted if the first code starts inside a byte.
+    Raises ValueError if `bits` is not 2 to 8 or the stream has fewer than `stop` codes.
     """
     check_bits(bits)
     first, shift = divmod(start * bits, 8)
@@ -152,6 +152,6 @@ def _split(words: torch.Tensor, bits: int, lane: int) -> torch.Tensor:
 
 
 def check_bits(bits: int) -> None:
-    """Raises ValueError if a number of bits is not one that codes can have."""
+    """Raises ValueError unless `bits` is a number of bits that codes can have."""
     if isinstance(bits, bool) or bits not in range(2, 9):
         raise ValueError(f"bits must be a whole number from 2 to 8, not {bits!r}")

@@ -35,26 +35,26 @@ def quantize_model(
     resume: Path | str | None = None,
     **options,
 ) -> nn.Module:
-    """Puts a QuantizedLinear in the place of every `nn.Linear` and `Conv1D` but the head.
+    """Replaces every `nn.Linear` and `Conv1D` except the head with a QuantizedLinear.
 
     `method`:
 
     - "absmax" or "affine", with `bits` 2 to 8 and a group size as `quantize_absmax` takes it;
       options: `scale_dtype`
     - "nf4" or "fp4", whose block size is `group_size`; options: `double_quant`
-    - "gptq" or "awq", which learn from `calibration`, int64 tokens (sequences, length), and reach
-      the layers in the model's blocks; options: those of `gptq.quantize`, or `scale_dtype`. AWQ
-      knows the blocks of Llama and GPT-2, and changes their norms too
+    - "gptq" or "awq", which learn from `calibration`, int64 tokens (sequences, length), and
+      quantize the layers in the model's blocks; options: those of `gptq.quantize`, or
+      `scale_dtype`. AWQ supports the blocks of Llama and GPT-2, and also changes their norms
 
-    `resume`: a folder that keeps finished blocks: after an interruption the same call goes on from
-    there. The model's blocks then lie in its files, not in memory.
+    `resume`: a folder that keeps finished blocks: after an interruption the same call resumes from
+    them. The model's blocks are then mapped from its files, not in memory.
 
-    Changes the model in place and returns it. `report(model)` says what was quantized and what was
-    left. When anything fails, or the reader interrupts, the model is unchanged.
+    Changes the model in place and returns it. `report(model)` says which parts are quantized and
+    which are not. After an error or an interruption the model is unchanged.
 
     Raises ValueError before any work for an unknown method, bits or group sizes that do not fit
     (naming the layers, and the sizes that fit all of them), for calibration that is missing or not
-    wanted, for a model without linear layers, for experts in one tensor, and if `resume` is set and
+    used, for a model without linear layers, for experts in one tensor, and if `resume` is set and
     some linear layers lie outside the blocks; later for a weight with NaN or Inf, and for a block
     that does not compute with quantized layers.
     """
@@ -66,7 +66,7 @@ def quantize_model(
         group_size = check_group_size(group_size)
     elif not is_group_size(group_size):
         raise ValueError(
-            f"{method} has blocks of a positive number of weights: group_size cannot be "
+            f"{method} needs a positive number of weights per block as its group_size, not "
             f"{group_size!r}"
         )
     settings = {"method": method, "bits": bits, "group_size": group_size, **options}
@@ -80,7 +80,7 @@ def quantize_model(
         learn = partial(LEARNED[method], bits=bits, group_size=group_size, **options)
         return quantize_blocks(model, calibration, learn, settings, progress, resume)
     if calibration is not None:
-        raise ValueError(f"{method} rounds the weights alone: it takes no calibration tokens")
+        raise ValueError(f"{method} only rounds the weights: it takes no calibration tokens")
     if method in CODE_BOOKS:
         if bits != 4:
             raise ValueError(f"{method} is a table of 16 values: it takes 4 bits, not {bits}")
@@ -118,7 +118,7 @@ def quantize_model(
 
 
 def report(model: nn.Module) -> str:
-    """What of a model is quantized, at how many bits per weight, and what is not: a few lines."""
+    """A few lines: which parts of a model are quantized, with bits per weight, and which not."""
     quantized = [layer.quantized for layer in quantized_layers(model).values()]
     weights = sum(each.shape.numel() for each in quantized)
     held = sum(each.nbytes for each in quantized)
@@ -140,7 +140,7 @@ def report(model: nn.Module) -> str:
 
 
 def check_groups(model: nn.Module, group_size: int | str | None) -> None:
-    """Raises ValueError if the group size is none, or does not divide the rows of every layer."""
+    """Raises ValueError if the group size is invalid or does not divide the rows of every layer."""
     group_size = check_group_size(group_size)
     if group_size in (None, "channel"):
         return

@@ -1,4 +1,4 @@
-"""Libraries that warn, when they are imported, of what does not matter here."""
+"""Silences warnings that libraries print when they are imported and that do not matter here."""
 
 import logging
 from collections.abc import Iterator
@@ -6,14 +6,14 @@ from contextlib import contextmanager
 
 
 def silence_torchao() -> None:
-    """transformers imports torchao, which warns of GPU extensions that it cannot load here."""
+    """transformers imports torchao, which warns about GPU extensions that it cannot load here."""
     for noisy in ("torchao", "torch.utils._pytree"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
 @contextmanager
 def silent_bitsandbytes() -> Iterator[None]:
-    """For its import, which warns that an optional package of further kernels is missing."""
+    """For the import, which warns that an optional package with more kernels is missing."""
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
-"""data/results.json: what was measured, on which machine, with which versions, when.
+"""data/results.json: all measurements, each with its machine, versions and date.
 
-Records are merged by key, so each measuring command replaces its own and leaves the others alone.
-The file is replaced at once: whoever reads it sees the old or the new one, never half of one.
+Records are merged by key, so each measuring command replaces only its own. The file is replaced
+atomically: a reader sees the old file or the new one, never part of one.
 """
 
 import json
@@ -19,9 +19,9 @@ FILE = Path(__file__).parent.parent / "data" / "results.json"
 
 
 def load(path: Path = FILE) -> dict[str, dict]:
-    """All records by key; none where nothing was recorded yet.
+    """All records by key; empty if nothing was recorded yet.
 
-    Raises ValueError if the file is not one of ours.
+    Raises ValueError if the file does not hold such records.
     """
     if not path.exists():
         return {}
@@ -39,7 +39,7 @@ def record(
 ) -> None:
     """Stores `measured` under `key`, with machine, date, commit, and the versions of `packages`.
 
-    `target`: the command that measures it again, "make results".
+    `target`: the command that measures it again, such as "make results".
     """
     records = load(path)
     records[key] = measured | {"target": target, "environment": environment(packages)}
@@ -98,7 +98,7 @@ def version_of(name: str) -> str:
 
 
 def _commit() -> str:
-    """The commit that is checked out, with "+" where files were changed since; "" without git."""
+    """The commit that is checked out, with "+" if files were changed since; "" without git."""
     git = ["git", "-C", str(FILE.parent.parent)]
     try:
         commit = subprocess.run(

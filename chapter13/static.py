@@ -1,18 +1,20 @@
-"""Static INT8: the activations' scale is fixed beforehand, from calibration text.
+"""Static INT8: the activations' scale is fixed in advance, from calibration text.
 
-Taking the range anew at each call costs a pass over the activations; a fixed scale does not, and
-may leave out rare extremes on purpose. What scale, an observer decides from what it saw:
+Computing the range at each call costs a pass over the activations; a fixed scale does not, and it
+may clip rare extremes on purpose. An observer derives the magnitude at the end of the grid from the
+activations of the calibration text:
 
 - "minmax": the largest magnitude
-- "percentile": a magnitude that this share of the activations stays below; the rest is clipped
+- "percentile": the magnitude that this percentage of the activations does not exceed
 - "mse": the magnitude whose grid has the least squared error, clipping included
 
 Weights have a scale for each row, as in torchao's `Int8StaticActivationInt8WeightConfig`.
 
 torch.ao's `MinMaxObserver`, symmetric, gives the same scale as "minmax", and its
-`PerChannelMinMaxObserver` the same scales for weights. Its `HistogramObserver` minimises the same
-error as "mse" differently: it takes 1e-5 of the values off one end after the other and stops as
-soon as its estimate of the error grows, often at once. "mse" tries 128 ends and takes the best.
+`PerChannelMinMaxObserver` the same scales for weights. Its `HistogramObserver` minimizes the same
+error as "mse" in another way: it repeatedly cuts 1e-5 of the values off one end and stops as soon
+as its estimate of the error grows, often at the first step. "mse" tries 128 ends and takes the
+best.
 """
 
 import math
@@ -34,17 +36,17 @@ from chapter13.whole_model.layers import (
 OBSERVERS = ("minmax", "percentile", "mse")
 BINS = 2048
 _STEPS = 127.5
-_EPS = torch.finfo(torch.float32).eps  # the smallest scale, as of both libraries
+_EPS = torch.finfo(torch.float32).eps  # the smallest scale, as in both libraries
 
 
 @dataclass
 class Statistics:
-    """What one layer's inputs were like, gathered batch by batch; no input is kept."""
+    """Statistics of one layer's inputs, gathered batch by batch; no input is kept."""
 
     channel_absmax: torch.Tensor
     """float32 (in_features,): the largest magnitude of each input channel."""
     top: float
-    """Upper end of the histogram: a power of two, or 0 before any input but zeros."""
+    """Upper end of the histogram: a power of two, or 0 if all inputs so far were zero."""
     counts: torch.Tensor
     """int64 (BINS,): how many magnitudes lie in each of the equal bins from 0 to `top`."""
 
@@ -57,7 +59,7 @@ class Statistics:
         return self.channel_absmax.max().item()
 
     def add(self, inputs: torch.Tensor) -> None:
-        """Counts inputs (..., in_features). Raises ValueError where they hold NaN or Inf."""
+        """Counts inputs (..., in_features). Raises ValueError if they hold NaN or Inf."""
         magnitudes = inputs.detach().reshape(-1, inputs.shape[-1]).float().abs().cpu()
         channel = magnitudes.amax(0)
         if not channel.isfinite().all():
@@ -76,14 +78,14 @@ class Statistics:
             self.counts = torch.cat([merged, torch.zeros_like(merged)])
             self.top *= 2
         self.top = self.top or top
-        # float64 holds 2**128 too, the end of the largest float32 numbers
+        # float64 also holds 2**128, the upper end for the largest float32 numbers
         self.counts += torch.histc(magnitudes.double(), BINS, 0, self.top).long()
 
     def clip(self, observer: str = "minmax", percentile: float = 99.9) -> float:
-        """The magnitude that the outermost code stands for, by an observer's rule.
+        """The magnitude that the outermost code represents, by an observer's rule.
 
-        `percentile`: of "percentile" alone, above 0, at most 100. Raises ValueError for another
-        observer, another percentile, and where no input was ever seen.
+        `percentile`: only for "percentile", above 0, at most 100. Raises ValueError for another
+        observer, another percentile, and if there was no input.
         """
         if observer not in OBSERVERS:
             raise ValueError(f"observer must be one of {', '.join(OBSERVERS)}, not {observer!r}")
@@ -103,7 +105,7 @@ class Statistics:
         return min(candidates.tolist(), key=lambda clip: self._squared_error(centers, clip))
 
     def _squared_error(self, centers: torch.Tensor, clip: float) -> float:
-        """Of a grid that ends at `clip`, weighted by how often each magnitude came."""
+        """The error of a grid that ends at `clip`, weighted by the count of each magnitude."""
         scale = clip / _STEPS
         restored = (centers / scale).round().clamp(max=127) * scale
         return ((centers - restored).square() * self.counts).sum().item()
@@ -112,9 +114,9 @@ class Statistics:
 def calibrate(
     model: nn.Module, tokens: torch.Tensor, batch_size: int = 4, progress: bool = True
 ) -> dict[str, Statistics]:
-    """Statistics of the inputs of every linear layer but the head, by the layer's name.
+    """Statistics of the inputs of every linear layer except the head, by the layer's name.
 
-    `tokens`: int64 (sequences, length), of calibration text. One pass serves all observers,
+    `tokens`: int64 (sequences, length), of calibration text. One pass is enough for all observers,
     SmoothQuant and pictures. The model is not changed. Raises ValueError if there is no linear
     layer, tokens have another shape, or an input is not finite.
     """
@@ -142,10 +144,10 @@ def calibrate(
 
 
 class StaticInt8Linear(Int8Linear):
-    """As Int8Linear per token, but with one scale for all activations, given beforehand.
+    """Like Int8Linear per token, but with one scale for all activations, fixed in advance.
 
-    `clip`: the magnitude at the grid's end; activations beyond are clipped. The scale is float32's
-    eps at least. Raises ValueError unless `clip` is positive and finite.
+    `clip`: the magnitude at the grid's end; activations beyond it are clipped. The scale is at
+    least float32's eps. Raises ValueError unless `clip` is positive and finite.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, clip: float):
@@ -175,10 +177,10 @@ def quantize_static(
     percentile: float = 99.9,
     progress: bool = True,
 ) -> nn.Module:
-    """Puts a StaticInt8Linear in the place of every linear layer but the head; returns the model.
+    """Replaces every linear layer except the head with a StaticInt8Linear; returns the model.
 
-    `calibration`: what `calibrate` returned for this model. When anything fails the model is as it
-    was. Raises ValueError as `Statistics.clip`, and where a layer was not calibrated.
+    `calibration`: the result of `calibrate` for this model. After an error the model is unchanged.
+    Raises ValueError as `Statistics.clip`, and if a layer was not calibrated.
     """
     missing = set(linear_layers(model)) - set(calibration)
     if missing:

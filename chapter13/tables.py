@@ -1,4 +1,4 @@
-"""The tables of values that codes look up: NF4, bitsandbytes FP4, and the 8-bit dynamic map.
+"""The tables of values that codes represent: NF4, bitsandbytes FP4, and the 8-bit dynamic map.
 
 A code is an index into such a table; `codebook.py` finds the nearest value for each weight, and a
 `QuantizedTensor` names its table by its kind.
@@ -15,10 +15,11 @@ def nf4_code_book() -> torch.Tensor:
     """The 16 values of NormalFloat4, ascending, float32 (16,).
 
     Quantiles of the normal distribution in equal steps of probability: eight steps from the
-    outermost quantile to the median above zero, seven below, zero itself, divided by the largest.
-    The precisions mixed here are those of the published table, whose last digits depend on them.
+    outermost quantile to the median above zero, seven below, and zero itself, all divided by the
+    largest. The mixed precisions are those of the published table, whose last digits depend on
+    them.
     """
-    outermost = 0.9677083  # the mean of 1 - 1/30 and 1 - 1/32: half a level off either side's end
+    outermost = 0.9677083  # the mean of 1 - 1/30 and 1 - 1/32: half a level from each side's end
     quantile = NormalDist().inv_cdf
     positive = [quantile(p) for p in torch.linspace(outermost, 0.5, 9)[:-1].tolist()]
     negative = [-quantile(p) for p in torch.linspace(outermost, 0.5, 8)[:-1].tolist()]
@@ -40,8 +41,8 @@ def fp4_code_book() -> torch.Tensor:
 def dynamic_code_book() -> torch.Tensor:
     """The signed 8-bit dynamic map (Dettmers 2015), ascending, float32 (256,).
 
-    Seven decades from 1e-7 to 1, each with twice as many values as the one below, at the centres
-    of equal intervals; and zero and one.
+    Seven decades from 1e-7 to 1, each with twice as many values as the one below, at the centers
+    of equal intervals; plus zero and one.
     """
     values = [0.0, 1.0]
     for decade in range(7):
@@ -53,4 +54,4 @@ def dynamic_code_book() -> torch.Tensor:
 
 CODE_BOOKS = {"nf4": nf4_code_book, "fp4": fp4_code_book}
 TABLES = CODE_BOOKS | {"dynamic": dynamic_code_book}
-"""By kind; "dynamic" is for the scales of double quantization alone."""
+"""By kind; "dynamic" is only for the scales of double quantization."""

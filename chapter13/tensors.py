@@ -1,8 +1,8 @@
-"""QuantizedTensor: a weight as packed codes, with what turns them back into numbers.
+"""QuantizedTensor: a weight as packed codes, with the scales that turn them back into numbers.
 
-All quantizers of this package return one. It holds real bytes only: codes packed without a gap,
-scales in the data type they were asked for, zero points as narrow as the codes. What can be derived
-is derived when it is asked for.
+All quantizers of this package return one. It holds exactly the bytes that a format needs: codes
+packed without a gap, scales in the requested data type, zero points as narrow as the codes.
+Everything else is derived on demand.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class QuantizedTensor:
     - "absmax" (symmetric): `codes()` are signed; weight = code * scale
     - "affine" (asymmetric): weight = (code - zero_point) * scale
     - "nf4", "fp4": weight = code_book[code] * scale; "dynamic", a table of 256 values, is the kind
-      of scales that were quantized in turn
+      of scales that are themselves quantized
 
-    Raises ValueError when it is made of parts that do not fit together: which one, and its right
-    size or data type.
+    Raises ValueError if its parts do not fit together: which part, and its right size or data
+    type.
     """
 
     kind: str
@@ -44,11 +44,11 @@ class QuantizedTensor:
     group_size: int | str | None
     """How many weights share a scale; "channel": one row; None: the whole tensor."""
     stored_scale: torch.Tensor | QuantizedTensor
-    """The scales as they are held; a QuantizedTensor ("dynamic") after double quantization."""
+    """The scales as stored; a QuantizedTensor ("dynamic") after double quantization."""
     packed_zero_point: torch.Tensor | None = None
     """uint8, one dimension: the zero points of "affine", packed like the codes."""
     scale_offset: torch.Tensor | None = None
-    """float32 scalar: the mean that double quantization took off the scales."""
+    """float32 scalar: the mean that double quantization subtracted from the scales."""
 
     def __post_init__(self):
         _check(self)
@@ -62,7 +62,7 @@ class QuantizedTensor:
 
     @property
     def code_book(self) -> torch.Tensor | None:
-        """The table that codes look up, float32 (2**bits,), on the CPU; None for integer grids."""
+        """The table of codes' values, float32 (2**bits,), on the CPU; None for integer grids."""
         return TABLES[self.kind]() if self.kind in TABLES else None
 
     @property
@@ -102,10 +102,10 @@ class QuantizedTensor:
             yield values.view(-1, self.shape[-1])
 
     def split(self, heights: list[int]) -> list[QuantizedTensor]:
-        """The weight's rows, `heights` of them at a time from the top, as a weight for each.
+        """Splits the rows from the top into weights with `heights` rows.
 
-        For integer grids per channel or per group. Raises ValueError for other tensors, and where
-        the heights do not add up to the rows.
+        For integer grids per channel or per group. Raises ValueError for other tensors, and if the
+        heights do not add up to the rows.
         """
         if self.kind in TABLES or self.group_size is None:
             raise ValueError(f"{self!r} has no scales of its own for each row: it cannot be split")
@@ -134,7 +134,7 @@ class QuantizedTensor:
 
     @property
     def plan(self) -> dict:
-        """What the tensor is besides its parts, as a dict that JSON can hold.
+        """The description of the tensor, without its parts, as a dict that JSON can hold.
 
         "kind", "bits", "shape", "group_size"; after double quantization also "scale", the plan of
         the scales.
@@ -151,7 +151,7 @@ class QuantizedTensor:
 
     @property
     def parts(self) -> dict[str, torch.Tensor]:
-        """The tensors that are held, by name; those of scales quantized in turn: "scale_..."."""
+        """The stored tensors by name; those of quantized scales begin with "scale_"."""
         named = {"packed": self.packed}
         if isinstance(self.stored_scale, QuantizedTensor):
             nested = self.stored_scale.parts
@@ -167,9 +167,9 @@ class QuantizedTensor:
     def from_parts(
         cls, plan: dict, parts: dict[str, torch.Tensor], prefix: str = ""
     ) -> QuantizedTensor:
-        """The tensor of a `plan` and its `parts`, without a copy; other names are passed over.
+        """The tensor of a `plan` and its `parts`, without a copy; other names are ignored.
 
-        Raises ValueError for a plan that is none, a part that is missing, and as QuantizedTensor.
+        Raises ValueError for an invalid plan, for a missing part, and as QuantizedTensor.
         """
         if not isinstance(plan, dict) or not {"kind", "bits", "shape", "group_size"} <= set(plan):
             raise ValueError(f"this describes no quantized tensor: {plan!r}")
@@ -191,10 +191,9 @@ class QuantizedTensor:
         )
 
     def _pieces(self, unit: int) -> Iterator[torch.Tensor]:
-        """The flat approximate weight in pieces of `piece_size` or so, multiples of `unit` long.
+        """The flat approximate weight in pieces of about `piece_size`, multiples of `unit` long.
 
-        A piece also begins with a byte of its own and with a scale of its own; the last piece
-        may be shorter.
+        Each piece also starts at a new byte and a new scale; the last piece may be shorter.
         """
         count = self.shape.numel()
         scale, zero_point = self.scale.float().view(-1), self.zero_point
@@ -204,7 +203,7 @@ class QuantizedTensor:
         table = self._table()
         for start in range(0, count, step):
             values = self._values(table, start, min(start + step, count))
-            # a row for each scale; what is over is one row more: a code book's short last block,
+            # a row for each scale; the remainder is one more row: a code book's short last block,
             # or a piece of a tensor that has a single scale
             whole = len(values) // size * size
             for begin, rows in ((0, values[:whole].view(-1, size)), (whole, values[None, whole:])):
@@ -217,10 +216,10 @@ class QuantizedTensor:
             yield values
 
     def _table(self) -> torch.Tensor:
-        """What each code stands for before scale and zero point: float32 (2**bits,).
+        """The value of each code before scale and zero point: float32 (2**bits,).
 
-        With 4 bits it is read a byte at a time, which halves the look-ups: (256,) of both values
-        of a byte, side by side in one number of twice the width.
+        With 4 bits it is read a byte at a time, which halves the look-ups: (256,) pairs of values,
+        each stored in one float64.
         """
         table = self.code_book
         if table is None:
@@ -234,7 +233,7 @@ class QuantizedTensor:
         return table.to(self.packed.device)
 
     def _values(self, table: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """The table's values of codes `start` to `stop` of the flat weight; start: a whole byte."""
+        """The table's values of codes `start` to `stop` of the flat weight; start begins a byte."""
         packed = self.packed[start * self.bits // 8 : (stop * self.bits + 7) // 8]
         if self.bits == 4:
             return table.index_select(0, packed.int()).view(torch.float32)[: stop - start]
@@ -242,7 +241,7 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes really held: codes, scales and zero points. A shared code book is not counted."""
+        """The bytes of codes, scales and zero points. A shared code book is not counted."""
         return sum(part.nbytes for part in self.parts.values())
 
     @property
@@ -308,10 +307,10 @@ def check_part(name: str, part, shape: tuple[int, ...], dtypes: tuple[torch.dtyp
 
 
 def check_weight(weight: torch.Tensor) -> torch.Tensor:
-    """The weight as a detached float32, float16 or bfloat16 tensor, or an error that says why not.
+    """The weight as a detached float32, float16 or bfloat16 tensor.
 
     Raises TypeError if it is not a floating-point tensor, ValueError if it is empty. NaN and
-    Inf are found later, for free, in the absmax: see `check_finite`.
+    Inf are found later, at no extra cost, in the absmax: see `check_finite`.
     """
     if not isinstance(weight, torch.Tensor):
         raise TypeError(f"a weight must be a torch.Tensor, not {type(weight).__name__}")
@@ -348,9 +347,9 @@ def check_group_size(
 ) -> int | str | None:
     """The group size as this package writes it: None, "channel" or a positive int; -1 is "channel".
 
-    -1 stands for one scale per row in the checkpoints and options of other programs. Raises
-    ValueError for anything else, and for a number that does not divide `in_features`, if that is
-    given: the message says which numbers do.
+    -1 means one scale per row in the checkpoints and options of other programs. Raises ValueError
+    for anything else, and for a number that does not divide `in_features`, if that is given: the
+    message lists the numbers that do.
     """
     if group_size in (None, "channel") or (group_size == -1 and not isinstance(group_size, bool)):
         return None if group_size is None else "channel"
@@ -405,9 +404,10 @@ def round_scale(
 ) -> torch.Tensor:
     """The scales in `dtype`, such that `steps` of them reach `reach` to within half a step.
 
-    Rounding can break this for subnormal scales only. Such a scale is taken one number up, so
-    nothing is clipped; a float32 scale one number down where the last step would be Inf. A scale
-    that float16 rounds to 0 stays 0: its weights are below `steps` * 2**-25 and become zeros.
+    Rounding can only break this for subnormal scales. Such a scale is raised to the next number, so
+    that nothing is clipped; a float32 scale is lowered to the next number if the last step would be
+    Inf. A scale that float16 rounds to 0 stays 0: its weights are below `steps` * 2**-25 and become
+    zeros.
 
     Raises ValueError for another data type, and for a scale that is too large for float16.
     """

@@ -300,11 +300,11 @@ def test_whole_files_pass(one, several, tmp_path):
     ("damage", "words"),
     [
         (lambda data: POINTER, "is a Git LFS pointer.*git lfs pull"),
-        (lambda data: data[: len(data) // 2], "cut off or corrupt.*fetch it again"),
-        (lambda data: data[:-1], "cut off or corrupt.*fetch it again"),
-        (lambda data: b"", "cut off or corrupt.*fetch it again"),
-        (lambda data: b"\xff" * 4000, "cut off or corrupt.*fetch it again"),
-        (lambda data: b"<!DOCTYPE html><html>not found</html>", "cut off or corrupt.*fetch it"),
+        (lambda data: data[: len(data) // 2], "truncated or corrupt.*fetch it again"),
+        (lambda data: data[:-1], "truncated or corrupt.*fetch it again"),
+        (lambda data: b"", "truncated or corrupt.*fetch it again"),
+        (lambda data: b"\xff" * 4000, "truncated or corrupt.*fetch it again"),
+        (lambda data: b"<!DOCTYPE html><html>not found</html>", "truncated or corrupt.*fetch it"),
     ],
 )
 @pytest.mark.parametrize("files", ["one", "several"])
