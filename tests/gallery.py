@@ -166,6 +166,9 @@ PICTURES = {
     gguf_plots.block_grids: lambda draw: draw(
         [0.5, -1.0, 1.0], {"near": [-1.0, 0.0, 1.0], "far": [-9.0, 9.0]}
     ),
+    gguf_plots.formats_over_bits: lambda draw: draw(
+        {"NF4": ("nf4", PAIRS)}, {"Q4_0": (4.5, 0.3, "Q4_0"), "Q4_K": (4.5, 0.2, "Q4_K, ours")}
+    ),
     gguf_plots.block_sizes: lambda draw: draw([(16, 5, 0.08), (32, 4.5, 0.1), (64, 4.25, 0.11)]),
     gguf_plots.top_levels: lambda draw: draw([4.5, 5, 5, 7.0], 6),
     summary_plots.pareto: lambda draw: _frontier(draw),

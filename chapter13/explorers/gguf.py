@@ -1,7 +1,7 @@
 """The explorer of notebook 10: llama.cpp's block formats beside the course's other methods.
 
-The left side, error against bits per weight, is of the whole layer and measured once for each layer
-and order of its channels; the right side is one block, with an outlier if one likes.
+The left side, error against bits per weight, belongs to the whole layer and is measured once for
+each layer and order of its channels; the right side is one block, with an outlier on request.
 """
 
 from dataclasses import dataclass
@@ -118,9 +118,15 @@ def view(layer: Layer, kind: str, block: int, outlier: float) -> View:
         ("format", f"{kind}, {bits:g} bits per weight"),
         ("relative RMSE of the layer", f"{whole:.3g}"),
     ]
-    for label, points in layer.curves.items():
-        near = min(points, key=lambda point: abs(point[0] - bits))
-        rows.append((f"  {label}", f"{near[1]:.3g} at {near[0]:.4g} bits"))
+    no_larger = [
+        (rmse, at, label)
+        for label, points in layer.curves.items()
+        for at, rmse in points
+        if at <= bits
+    ]
+    if no_larger:
+        rmse, at, label = min(no_larger)
+        rows.append(("best curve, no more bits", f"{label}: {rmse:.3g} at {at:.4g} bits"))
     rows.append(("relative RMSE of the block", f"{error:.3g}"))
     rows.append(("its scale", scale))
     if stored.minimum is not None:
@@ -152,10 +158,12 @@ def explore_gguf(weight=None):
     None for the linear layers of the embedded model, each in both orders of its channels. Raises
     as `prepare` for a single matrix; what is wrong with one of several is said when it is chosen.
     """
+    outlier = outlier_slider()
+    outlier.description = "outlier: the block's largest weight ×"
     controls = {
         "kind": widgets.Dropdown(options=["Q4_0", "Q4_1", "MXFP4", "Q8_0"], description="format"),
         "block": widgets.IntSlider(0, 0, BLOCKS - 1, description="block"),
-        "outlier": outlier_slider(),
+        "outlier": outlier,
     }
     if weight is not None:
         return explore(weight, controls, prepare, view, GGUFFigure())

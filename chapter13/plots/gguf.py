@@ -31,16 +31,18 @@ ROW = 16  # bytes in a row of the dump
 def file_bytes(data, fields):
     """data: the first bytes of a file; fields: [(label, length), ...] -> the bytes in colors.
 
-    Fields follow each other from the first byte; what is left over stays white.
+    Fields follow each other from the first byte, each named above its first byte; the bytes left
+    over stay white.
     """
+    starts = dict(zip(np.cumsum([0] + [length for _, length in fields]), fields, strict=False))
     field_of = np.repeat(np.arange(len(fields)), [length for _, length in fields])[: len(data)]
-    rows = -(-len(data) // ROW)
+    rows, pitch = -(-len(data) // ROW), 1.4
     with style():
-        figure, ax = new_figure(width=10, height=1.1 + 0.5 * rows)
-        ax.set(xlim=(-1.6, ROW), ylim=(rows, -0.1))
+        figure, ax = new_figure(width=10, height=0.4 + 0.66 * rows)
+        ax.set(xlim=(-0.8, ROW), ylim=(pitch * rows - 0.3, -0.5))
         ax.set_axis_off()
         for place, byte in enumerate(data):
-            x, y = place % ROW, place // ROW
+            x, y = place % ROW, pitch * (place // ROW)
             color = TINTS[field_of[place] % len(TINTS)] if place < len(field_of) else "white"
             ax.add_patch(Rectangle((x, y), 1, 1, facecolor=color, edgecolor="white", linewidth=2))
             shown = chr(byte) if 32 < byte < 127 else "·"
@@ -48,11 +50,10 @@ def file_bytes(data, fields):
             ax.text(
                 x + 0.5, y + 0.76, shown, ha="center", va="center", fontsize=11, color="#555555"
             )
-        for y in range(rows):
-            ax.text(-0.25, y + 0.5, f"{y * ROW}", ha="right", va="center", fontsize=12)
-        for index, (label, _) in enumerate(fields):
-            ax.add_patch(Rectangle((0, 0), 0, 0, facecolor=TINTS[index % len(TINTS)], label=label))
-        figure.legend(loc="outside upper center", ncols=4, fontsize=13)
+            if place in starts:
+                ax.text(x + 0.04, y - 0.04, starts[place][0], fontsize=12, weight="bold")
+        for row in range(rows):
+            ax.text(-0.15, pitch * row + 0.5, f"{row * ROW}", ha="right", va="center", fontsize=12)
         told = ", ".join(f"{label} ({length} bytes)" for label, length in fields)
         return Picture(figure, f"The first {len(data)} bytes of the file, colored: {told}.")
 
@@ -97,32 +98,40 @@ def block_bytes(block, numbers):
 
 
 def block_grids(values, grids):
-    """values: the weights of a block; grids: label -> levels -> weights as dots on each grid."""
+    """values: the weights of a block; grids: label -> levels -> weights on each grid, and errors.
+
+    Above the weights as dots between the levels, below their errors as bars.
+    """
     values = np.asarray(values)
     with style():
-        figure, axes = new_figure(10, 3.6, 1, len(grids), sharey=True, squeeze=False)
+        figure, axes = new_figure(
+            10, 4.6, 2, len(grids), sharey="row", sharex=True, height_ratios=[3, 2], squeeze=False
+        )
         told = []
-        for ax, (label, levels) in zip(axes[0], grids.items(), strict=True):
+        for (above, below), (label, levels) in zip(axes.T, grids.items(), strict=True):
             levels = np.sort(np.asarray(levels))
             nearest = levels[np.abs(values[:, None] - levels).argmin(1)]
-            ax.hlines(levels, -1, len(values), color=COLORS["grid"], linewidth=2)
-            ax.vlines(range(len(values)), values, nearest, color=COLORS["error"], linewidth=2)
-            ax.plot(values, "o", color=COLORS["text"], markersize=6)
+            above.hlines(levels, -1, len(values), color=COLORS["original"], linewidth=1.5)
+            above.plot(values, "o", color=COLORS["text"], markersize=6)
+            below.bar(range(len(values)), nearest - values, 0.6, color=COLORS["error"])
+            below.axhline(0, color=COLORS["text"], linewidth=1)
             error = np.sqrt(np.mean((values - nearest) ** 2) / np.mean(values**2))
-            ax.set(
-                title=f"{label}: error {error:.1%}", xlabel="weight of the block", xticks=[0, 31]
-            )
-            ax.set_xlim(-1, len(values))
-            ax.grid(visible=False)
+            above.set_title(f"{label}: relative RMSE {error:.1%}")
+            below.set(xlabel="weight of the block", xticks=[0, len(values) - 1])
+            below.set_xlim(-1, len(values))
+            above.grid(visible=False)
+            below.grid(axis="x", visible=False)
             inside = (levels >= values.min()) & (levels <= values.max())
             told.append(
-                f"{label}, {inside.sum()} of {len(levels)} levels within the weights' range"
+                f"{label}, {inside.sum()} of {len(levels)} levels within the weights' range, "
+                f"relative RMSE {error:.1%}"
             )
-        axes[0][0].set_ylabel("value")
+        axes[0][0].set_ylabel("weights and levels")
+        axes[1][0].set_ylabel("error")
         return Picture(
             figure,
-            f"Dots: the {len(values)} weights of a block; lines: the levels of each grid; red: the "
-            f"errors. {'; '.join(told)}.",
+            f"Dots: the {len(values)} weights of a block; lines: the levels of each grid; bars "
+            f"below: the errors. {'; '.join(told)}.",
         )
 
 
@@ -149,6 +158,31 @@ def block_sizes(points):
             figure,
             f"Left: bits per weight fall as blocks grow. Right: the error rises. Dotted: 32. "
             f"{told}.",
+        )
+
+
+def formats_over_bits(curves, kinds):
+    """Relative RMSE of a layer against bits per weight.
+
+    curves: label -> (method, [(bits per weight, relative RMSE), ...]), a point for each block size.
+    kinds: method -> (bits per weight, relative RMSE, words), single points named by the words.
+    """
+    with style():
+        figure, ax = new_figure(width=10, height=4.8)
+        draw_curves(ax, curves, ms=7)
+        for method, (bits, error, words) in kinds.items():
+            ax.plot(bits, error, **method_line(method), linestyle="", ms=16, zorder=5)
+            down = -5 if words == METHOD_LOOK[method].label else -18  # long names go below
+            ax.annotate(words, (bits, error), (14, down), textcoords="offset points", weight="bold")
+        errors = [error for _, points in curves.values() for _, error in points]
+        ax.set(xlim=(4, 5.4), ylim=(0.9 * min(errors), 1.03 * max(errors)))
+        ax.set(xlabel="bits per weight, scales included", ylabel="relative RMSE of the layer")
+        ax.legend(loc="upper right")
+        told = "; ".join(f"{words} {e:.3g} at {bits:.4g} bits" for bits, e, words in kinds.values())
+        return Picture(
+            figure,
+            "Relative RMSE of a layer against bits per weight: a curve for each method, a point "
+            f"for each block size; and single formats: {told}.",
         )
 
 
@@ -184,7 +218,7 @@ class GGUFFigure(LiveFigure):
         left, right = self.axes
         with style():
             left.set(xlabel="bits per weight, scales included", ylabel="relative RMSE of the layer")
-            left.set(xlim=(4, 5.4), ylim=(-0.004, 0.2))
+            left.set(xlim=(4, 5.4))
             right.set(xlim=(-1, 32), ylim=(-1.25, 1.25), xticks=[0, 8, 16, 24, 31])
             right.set(xlabel="weight of the block", ylabel="weight / absmax of the block")
             left.set_title("the layer")
@@ -205,6 +239,13 @@ class GGUFFigure(LiveFigure):
             self.animate(self._levels, self._errors, self._weights)
 
     def update(self, view):
+        errors = [error for points in view.curves.values() for _, error in points]
+        errors += [view.kinds[kind][1] for kind in self._kinds]
+        top = 1.35 * max(errors) or 1.0  # room for the legend
+        bottom = 0.8 * min(errors) if min(errors) > 0.2 * top else -0.02 * top
+        if self.changed((bottom, top)):
+            self.axes[0].set_ylim(bottom, top)
+            self.redraw()
         for label, line in self._curves.items():
             line.set_data(*zip(*view.curves.get(label) or [(np.nan, np.nan)], strict=True))
         for kind, mark in self._kinds.items():

@@ -68,6 +68,14 @@ def test_the_block_s_numbers_are_the_packages_own(settings, weights, layers):
         different = f"{len(set(restored.tolist()))} of {len(set(all_levels(stored).tolist()))}"
         assert different in shown.readout
         assert f"{shown.block_error:.3g}" in shown.alt
+        no_larger = [
+            (rmse, bits, label)
+            for label, curve in layers[name].curves.items()
+            for bits, rmse in curve
+            if bits <= stored.bits_per_weight
+        ]
+        rmse, bits, label = min(no_larger)
+        assert f"{label}: {rmse:.3g} at {bits:.4g} bits" in shown.readout
         levels = all_levels(stored)
         assert torch.isin(restored, levels).all()
         assert levels.diff().min() >= 0
@@ -93,6 +101,7 @@ def test_the_panel_on_the_embedded_model(weights):
     )
     panel.set(order="stored", kind="Q4_1")
     assert panel.view.kinds["Q4_1"][1] == 0
+    assert panel.figure.axes[0].get_ylim()[0] < 0  # the axis begins where all points are seen
     stored = read(models.gguf_path()).tensors["blk.0.attn_q.weight"].dequantize()
     assert panel.view.curves["absmax"][2][1] == relative_rmse(
         stored, quantize_absmax(stored, 4, 64).dequantize()

@@ -135,12 +135,27 @@ def test_parameter_shares_are_percent_of_all():
     shape = memory.SHAPES["Llama-2-7B"]
     figure, shown = drawn(formats.parameter_shares, {"Llama-2-7B": memory.parameters(shape)})
     widths = [bar.get_width() for bar in figure.axes[0].patches]
-    assert sum(widths) == pytest.approx(100)
+    norms = 100 * 65 * 4096 / 6_738_415_616
+    assert sum(widths) == pytest.approx(100 - norms)
     embeddings = 100 * 32000 * 4096 / 6_738_415_616
     assert widths[0] == pytest.approx(embeddings)
     assert widths[-1] == pytest.approx(embeddings)
-    ends = 2 * 32000 * 4096 + 65 * 4096
-    assert f"{ends / 6_738_415_616:.0%} of Llama-2-7B" in shown.alt
+    assert f"{2 * embeddings:.0f}% of Llama-2-7B" in shown.alt
+    assert f"at most {norms:.2f}%, are not drawn" in shown.alt
+
+
+def test_spacing_marks_the_end_the_subnormals_and_the_factor():
+    magnitudes = np.logspace(-8, 6, 1000)
+    octaves = 2.0 ** np.floor(np.log2(magnitudes))
+    gaps = np.maximum(octaves, 2.0**-14) / 1024
+    curves = {"fp16": (magnitudes[:900], gaps[:900]), "bf16": (magnitudes, octaves / 128)}
+    figure, shown = drawn(formats.spacing, curves)
+    (ax,) = figure.axes
+    assert points(line_of(ax, "bf16")) == list(zip(*curves["bf16"], strict=True))
+    assert texts(ax) == ["the end of fp16", "subnormals of fp16", "× 8"]
+    end = next(line for line in ax.lines if line.get_marker() == "|")
+    assert points(end)[0] == (magnitudes[899], gaps[899])
+    assert "of bf16 is 8 times that of fp16" in shown.alt
 
 
 def test_cast_errors_are_those_of_the_casts(weight):
@@ -182,7 +197,13 @@ def test_sizes_and_cards_puts_each_model_in_its_row():
     assert points(line_of(ax, "fp32")) == [(4.0, 0), (40.0, 1)]
     assert points(line_of(ax, "int4")) == [(0.6, 0), (6.0, 1)]
     assert tick_words(ax.yaxis) == ["small", "large"]
-    assert "24" in texts(ax)
+    assert texts(ax) == ["24: card"]
+
+
+def test_cards_of_the_same_size_share_a_line():
+    cards = {"one": 16, "laptop, shared memory": 16, "large": 80}
+    figure, _ = drawn(formats.sizes_and_cards, {"model": {"fp32": 4.0, "int4": 0.6}}, cards)
+    assert texts(figure.axes[0]) == ["16: one; laptop", "80: large"]
 
 
 # --- notebook 01 ------------------------------------------------------------------------------
@@ -223,11 +244,11 @@ def test_sqnr_over_bits_draws_measured_and_expected():
 
 def test_layers_lie_beside_the_expected_line():
     at = 10 * np.log10(12 * 127**2)
-    reach = {"a": 1.0, "b": 10.0, "c": 100.0}
+    crest = {"a": 1.0, "b": 10.0, "c": 100.0}
     sqnr = {"a": at, "b": at - 20.3, "c": at - 40}
-    figure, shown = drawn(rounding.layers_sqnr, reach, sqnr, {"b": "middle"})
+    figure, shown = drawn(rounding.layers_sqnr, crest, sqnr, {"b": "middle"})
     line, layers, mark = figure.axes[0].lines
-    assert points(layers) == [(reach[name], sqnr[name]) for name in "abc"]
+    assert points(layers) == [(crest[name], sqnr[name]) for name in "abc"]
     assert points(mark) == [(10.0, at - 20.3)]
     assert np.allclose(line.get_ydata(), at - 20 * np.log10(line.get_xdata()))
     assert texts(figure.axes[0]) == ["middle"]
@@ -401,12 +422,16 @@ def test_error_sources_add_up_to_the_error():
 
 
 def test_outlier_map_sorts_the_channels():
-    absmax = torch.rand(2, 30, generator=torch.Generator().manual_seed(0)).numpy() + 1
-    figure, shown = drawn(activations.outlier_map, ["a", "b"], absmax)
-    image = figure.axes[0].images[0].get_array()
-    assert (np.diff(image.max(0)) <= 0).all()
-    assert np.array_equal(np.sort(image.T, axis=None), np.sort(absmax, axis=None))
-    assert "Map of 2 layers and 30 channels" in shown.alt
+    relative = 6 * torch.rand(5, 50, generator=torch.Generator().manual_seed(0)).numpy()
+    figure, shown = drawn(activations.outlier_map, list("abcde"), relative)
+    profile, ax = figure.axes[:2]
+    typical = np.sort(np.median(relative, 0))[::-1][: activations.MAPPED]
+    assert np.array_equal(profile.lines[0].get_ydata(), typical)
+    image = ax.images[0].get_array()
+    assert np.array_equal(np.median(image, 0), typical)
+    often = sum((column > 4).sum() >= 3 for column in relative.T)
+    assert f"; {often} channels exceed 4 times the median" in shown.alt
+    assert "The 40 largest of 50 input channels in 5 layers" in shown.alt
 
 
 # --- notebook 06 ------------------------------------------------------------------------------
@@ -596,15 +621,41 @@ def test_a_block_is_written_half_by_half():
     assert "d and m in two bytes each" in shown.alt
 
 
-def test_block_grids_lead_to_the_nearest_level():
-    data = [0.5, -1.0, 1.0], {"near": [-1.0, 0.0, 1.0], "far": [-9.0, 9.0]}
-    figure, shown = drawn(gguf.block_grids, *data)
-    for ax, nearest in zip(figure.axes, ([0, -1, 1], [9, -9, 9]), strict=True):
-        errors = ax.collections[1].get_segments()
-        ends = [sorted(segment[:, 1]) for segment in errors]
-        assert ends == [sorted(pair) for pair in zip(data[0], nearest, strict=True)]
-    assert "near, 3 of 3 levels" in shown.alt
+def test_block_grids_show_the_errors_to_the_nearest_level():
+    values, grids = [0.5, -1.0, 1.0], {"near": [-1.0, 0.0, 1.0], "far": [-9.0, 9.0]}
+    figure, shown = drawn(gguf.block_grids, values, grids)
+    above, below = figure.axes[:2], figure.axes[2:]
+    for ax, levels in zip(above, grids.values(), strict=True):
+        assert [segment[0, 1] for segment in ax.collections[0].get_segments()] == levels
+        assert points(ax.lines[0]) == list(enumerate(values))
+    heights = [[bar.get_height() for bar in ax.patches] for ax in below]
+    assert heights == [[-0.5, 0, 0], [8.5, -8, 8]]
+    assert "near, 3 of 3 levels within the weights' range, relative RMSE 33.3%" in shown.alt
     assert "far, 0 of 2 levels" in shown.alt
+
+
+def test_fields_are_named_above_their_first_byte():
+    fields = [("magic", 4), ("count", 16), ("rest", 2)]
+    figure, _ = drawn(gguf.file_bytes, bytes(22), fields)
+    named = {
+        t.get_text(): t.get_position() for t in figure.axes[0].texts if t.get_weight() == "bold"
+    }
+    assert [round(x) for x, _ in named.values()] == [0, 4, 4]
+    assert named["magic"][1] == named["count"][1] < named["rest"][1]
+
+
+def test_formats_lie_beside_the_curves():
+    curves = {"NF4": ("nf4", [(4.25, 0.1), (4.5, 0.09)])}
+    kinds = {"Q4_0": (4.5, 0.08, "Q4_0"), "Q4_K": (4.5, 0.07, "Q4_K, ours")}
+    figure, shown = drawn(gguf.formats_over_bits, curves, kinds)
+    (ax,) = figure.axes
+    assert [points(line) for line in ax.lines] == [
+        [(4.25, 0.1), (4.5, 0.09)],
+        [(4.5, 0.08)],
+        [(4.5, 0.07)],
+    ]
+    assert texts(ax) == ["Q4_0", "Q4_K, ours"]
+    assert "Q4_K, ours 0.07 at 4.5 bits" in shown.alt
 
 
 def test_block_sizes_have_both_curves():
