@@ -147,7 +147,7 @@ def view(layer: Layer, bits: int, outlier: float) -> View:
     readout = lines(
         ("largest weight", f"{float(f'{largest.item():.3g}'):,g}"),
         ("scale, the step of the grid", f"{scale.item():.3g}"),
-        ("levels in use", f"{used.sum()} of {2**bits}"),
+        ("levels in use", f"{used.sum()} of {2**bits - 1}"),
         ("weights that become 0", f"{zeros:.1%}"),
         ("mean squared error", f"{mse:.2e}"),
         ("largest error", f"{max_error:.2e}"),

@@ -1,6 +1,7 @@
 """The explorers of notebook 00: one number's bits, and the memory that a model takes."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import ipywidgets as widgets
@@ -18,6 +19,23 @@ from chapter13.memory import (
     weight_bytes,
 )
 from chapter13.plots.formats import BitsFigure, MemoryFigure
+
+# Sources: NVIDIA's GeForce specifications (RTX 50) and white paper on the Ada architecture
+# (RTX 4090), its data sheets of the L40S, the H100 SXM and the H200, AMD's of the MI300X, and
+# Apple's announcement of the M4, which stands for the laptop. Of two cards in a line the faster.
+BANDWIDTH = {
+    "RTX 4060, 5060": 448,
+    "RTX 4070, 5070": 672,
+    "laptop, shared memory": 120,
+    "RTX 4080, 5080": 960,
+    "RTX 3090, 4090": 1008,
+    "RTX 5090": 1792,
+    "L40S": 864,
+    "A100, H100": 3350,
+    "H200": 4800,
+    "MI300X": 5300,
+}
+"""How many GB per second the memory of each of `memory.CARDS` delivers at most."""
 
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CUSTOM = "custom"
@@ -102,6 +120,10 @@ class MemoryView:
     """GB."""
     holds: list[str]
     """The cards with at least that much memory."""
+    read: float
+    """GB that are read to write one token of each text."""
+    ceilings: dict[str, float]
+    """Tokens per second and text that each of these cards can write at most."""
     limit: float
     """Where the picture's axis ends, GB: the same for all formats, so that a bar shrinks."""
     readout: str
@@ -120,6 +142,10 @@ def memory(
 ) -> MemoryView:
     """What a model takes to run; `billions` and `layers` count where the model is custom.
 
+    One step of decoding reads the weights once, all but the table of embeddings where the head has
+    a matrix of its own, and the KV cache of each text; it writes one token of each text. A card can
+    do no more such steps in a second than its bandwidth allows.
+
     Raises ValueError for a group size that does not fit the model, as `memory.linear_bytes`.
     """
     shape = similar_shape(billions * 1e9, layers) if model == CUSTOM else SHAPES[model]
@@ -131,6 +157,8 @@ def memory(
     holds = [card for card, most in CARDS.items() if most >= total]
 
     parts = parameters(shape)
+    read = total - (0 if shape.tied else parts["embeddings"] * _kept_bytes(format) / 1e9)
+    ceilings = {card: BANDWIDTH[card] / read for card in holds}
     count = sum(parts.values())
     in_layers = parts["attention"] + parts["MLP"]
     layer_bits = 8 * (sizes["codes"] + sizes["scales"]) / in_layers
@@ -144,19 +172,42 @@ def memory(
         ("  embeddings, head, norms", f"{_gb(sizes['kept'])}, not quantized"),
         ("KV cache", f"{_gb(sizes['KV cache'])} for {batch} x {context:,} tokens"),
         ("total", f"{total:.3g} GB = {total * 1e9 / 2**30:.3g} GiB"),
+        ("read for each token", f"{read:.3g} GB{_speeds(ceilings.values())}"),
         ("fits", cards),
     )  # fmt: skip
     return MemoryView(
         gigabytes=gigabytes,
         total=total,
         holds=holds,
+        read=read,
+        ceilings=ceilings,
         limit=_limit((sum(weight_bytes(shape, "fp32").values()) + sizes["KV cache"]) / 1e9),
         readout=readout,
         alt=(
             f"{model} in {format} takes {total:.3g} GB, the KV cache of {batch} x {context:,} "
-            f"tokens included; {len(holds)} of {len(CARDS)} kinds of cards hold it."
+            f"tokens included; {len(holds)} of {len(CARDS)} kinds of cards hold it"
+            f"{_speeds(ceilings.values())}."
         ),
     )
+
+
+def _kept_bytes(format: str) -> int:
+    """Of a parameter that is not quantized, as `weight_bytes` counts it."""
+    return 4 if format == "fp32" else 2
+
+
+def _speeds(most: Iterable[float]) -> str:
+    """The range of ceilings in words; "" where there is none.
+
+    >>> _speeds([62.04, 185.3]), _speeds([7.12]), _speeds([])
+    (', at most 62 to 185 tokens/s', ', at most 7.12 tokens/s', '')
+    """
+    words = list(dict.fromkeys(_three_digits(speed) for speed in sorted(most)))
+    return f", at most {' to '.join(words[:1] + words[1:][-1:])} tokens/s" if words else ""
+
+
+def _three_digits(number: float) -> str:
+    return f"{float(f'{number:.3g}'):,g}"  # 17,700 rather than 1.77e+04
 
 
 def _gb(size: float) -> str:
@@ -174,7 +225,7 @@ def _limit(total: float) -> float:
 
 
 def explore_memory():
-    """A panel: a model's shape, format, context and batch, and which cards hold it all."""
+    """A panel: a model's shape, format, context and batch; which cards hold it, and how fast."""
     controls = {
         "model": widgets.Dropdown(
             options=[*SHAPES, CUSTOM], value="Llama-2-7B", description="model"

@@ -71,18 +71,18 @@ class AbsmaxFigure(LiveFigure):
         # in points: the axes are some 380 wide; the line takes 60% of the gap between two levels
         gap = 380 * view.scale / (2 * view.limit)
         self._levels.set_linewidth(np.clip(0.6 * gap, 0.8, 7))
-        used, codes = len(view.levels), 2**view.bits
-        self._title.set_text(f"{view.bits} bits: {used} of {codes} levels in use")
+        used, levels = len(view.levels), 2**view.bits - 1
+        self._title.set_text(f"{view.bits} bits: {used} of {levels} levels in use")
         self._error_title.set_text(f"{view.zeros:.1%} of the weights become 0")
         self._point_at(view.largest if abs(view.largest) > view.limit else None)
 
     def _point_at(self, outlier):
-        """Words at the side where the outlier lies, outside the picture; none for None."""
+        """Words at the side where the largest weight lies, outside the picture; none for None."""
         if outlier is None:
             self._outlier.set_text("")
             return
         number = f"{float(f'{outlier:.3g}'):,g}"  # 2,190 rather than 2.19e+03
         if outlier > 0:
-            self._outlier.set(text=f"the outlier: {number} →", x=0.995, ha="right")
+            self._outlier.set(text=f"largest weight: {number} →", x=0.995, ha="right")
         else:
-            self._outlier.set(text=f"← the outlier: {number}", x=0.005, ha="left")
+            self._outlier.set(text=f"← largest weight: {number}", x=0.005, ha="left")

@@ -27,37 +27,58 @@ FIELDS = {"sign": "#E6A07C", "exponent": "#F5D58C", "mantissa": "#A8D8F0"}
 
 
 def parameter_shares(models: dict[str, dict[str, int]]) -> Picture:
-    """What share of each model's parameters each part has; models: name -> {part: parameters}."""
-    rows, said = {}, []
+    """What share of each model's parameters each part has; models: name -> {part: parameters}.
+
+    The norms are too few to be drawn; the alternative text says how many.
+    """
+    rows, said, norms = {}, [], 0.0
     for name, parts in models.items():
         total = sum(parts.values())
-        rows[name] = {part: 100 * count / total for part, count in parts.items()}
-        ends = 1 - (parts["attention"] + parts["MLP"]) / total
-        said.append(f"{ends:.0%} of {name}")
-    alt = "The share of each part in the parameters. Embeddings, head and norms make up "
-    alt += " and ".join(said) + "."
-    return stacked_bars(rows, "share of all parameters (%)", alt, inside="{:.0f}%", xlim=(0, 101))
+        shares = {part: 100 * count / total for part, count in parts.items()}
+        norms = max(norms, shares.pop("norms"))
+        rows[name] = shares
+        said.append(f"{shares['embeddings'] + shares['head']:.0f}% of {name}")
+    alt = "The share of each part in the parameters. Embeddings and head make up "
+    alt += f"{', '.join(said)}. The norms, at most {norms:.2f}%, are not drawn."
+    return stacked_bars(rows, "share of all parameters (%)", alt, inside="{:.1f}%", xlim=(0, 100))
 
 
 def spacing(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Picture:
-    """The gap from a number to the next larger one; curves: format -> (magnitudes, gaps)."""
+    """The gap from a number to the next larger one; curves: format -> (magnitudes, gaps).
+
+    Marked are the end of a format that ends before the others, its subnormals (where the gap is
+    the same for numbers that differ by more than a factor of 4), and bf16's gap over fp16's from 1 to 2.
+    """
     end = max(magnitudes[-1] for magnitudes, _ in curves.values())
-    ended = []
+    said = [
+        "The gap to the next number against the number itself, both on log axes. It doubles "
+        "whenever the number doubles, in steps, but not among the subnormals."
+    ]
+    bold = {"weight": "bold", "fontsize": 12}
     with style():
-        figure, ax = new_figure(width=10, height=4.2)
+        figure, ax = new_figure(width=10, height=4.4)
         for name, (magnitudes, gaps) in curves.items():
             ax.loglog(magnitudes, gaps, label=name, lw=2.5, **method_fill(name))
             if magnitudes[-1] < end / 2:
-                bar = {"color": COLORS["text"], "ms": 20, "mew": 3, "zorder": 3}
+                bar = {"color": COLORS["text"], "ms": 24, "mew": 3, "zorder": 3}
                 ax.plot(magnitudes[-1], gaps[-1], "|", **bar)
-                ended.append(name)
+                place = (magnitudes[-1], gaps[-1] / 20)
+                ax.text(*place, f"the end of {name}", ha="center", va="top", **bold)
+                said.append(f"The bar is the end of {name}.")
+            flat = magnitudes[gaps == gaps[0]]
+            if flat[-1] > 4 * flat[0]:
+                middle = np.sqrt(flat[0] * flat[-1])
+                ax.text(middle, gaps[0] * 2, f"subnormals of {name}", ha="right", **bold)
+                said.append(f"The subnormals of {name} lie up to {flat[-1]:.1g}.")
+        if {"fp16", "bf16"} <= curves.keys():
+            short, long = (np.interp(1.5, *curves[name]) for name in ("fp16", "bf16"))
+            words, line = f"× {long / short:.0f}", {"arrowstyle": "-", "lw": 1.5}
+            middle = (1.5, np.sqrt(short * long))
+            ax.annotate(words, middle, (5, short / 30), arrowprops=line, **bold)
+            said.append(f"From 1 to 2 the gap of bf16 is {long / short:.0f} times that of fp16.")
         ax.set(xlabel="magnitude of the number", ylabel="gap to the next number")
         ax.legend(loc="upper left")
-    alt = (
-        "The gap to the next number against the number itself, both on log axes. "
-        "Above the subnormals it doubles whenever the number doubles, in steps"
-    )
-    return Picture(figure, alt + "".join(f"; the bar is the end of {name}" for name in ended) + ".")
+    return Picture(figure, " ".join(said))
 
 
 def cast_errors(weight: torch.Tensor, casts: dict[str, torch.Tensor]) -> Picture:
@@ -174,22 +195,24 @@ def kv_cache(tokens: list[int], caches: dict[str, list[float]]) -> Picture:
 def sizes_and_cards(sizes: dict[str, dict[str, float]], cards: dict[str, float]) -> Picture:
     """Each model in each format against memory; sizes: model -> {format: GB}; cards: name -> GB."""
     with style():
-        figure, ax = new_figure(width=10, height=4.3)
+        figure, ax = new_figure(width=10, height=5.2)
         formats = next(iter(sizes.values()))
         looks = {format: method_line(format) | {"label": format} for format in formats}
         draw_dot_rows(ax, sizes, looks, spans=True)
-        for turn, memory in enumerate(sorted(set(cards.values()))):
+        for memory in sorted(set(cards.values())):
             ax.axvline(memory, color=COLORS["text"], lw=1.2, ls="--", zorder=0)
-            place = {"transform": ax.get_xaxis_transform(), "ha": "center"}
-            ax.text(memory, 1.01 + 0.07 * (turn % 2), f"{memory:g}", **place)
-        ax.set_title("memory of today's cards (GB)", pad=48, fontsize=13, weight="normal")
-        ax.set(xscale="log", xlabel="weights (GB)")
+            same = [name for name, most in cards.items() if most == memory]
+            named = [name.removesuffix(", shared memory") for name in same]
+            place = {"transform": ax.get_xaxis_transform(), "rotation": 40, "fontsize": 12}
+            anchor = {"ha": "left", "va": "bottom", "rotation_mode": "anchor"}
+            ax.text(memory, 1.02, f"{memory:g}: {'; '.join(named)}", **place, **anchor)
+        ax.set(xscale="log", xlabel="GB of weights; dashed: GB of a card")
         set_ticks(ax.xaxis, [0.1, 0.3, 1, 3, 10, 30, 100, 300])
-        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        ax.legend(loc="lower left", title="format")
     largest, row = list(sizes.items())[-1]
     alt = (
         "The weights of each model in each format, on a log axis; dashed lines are the memory "
-        f"of today's cards. {largest} goes from {row['fp32']:.0f} GB to {row['int4']:.0f} GB."
+        f"of cards. {largest} goes from {row['fp32']:.0f} GB to {row['int4']:.0f} GB."
     )
     return Picture(figure, alt)
 
@@ -198,10 +221,11 @@ class BitsFigure(LiveFigure):
     """Shows an `explorers.formats.NumberView`: one number in fp32, fp16 and bf16, bit by bit."""
 
     def __init__(self):
-        super().__init__(width=10, height=3.0)
+        super().__init__(width=10, height=3.3)
         with style():
             ax = self.axes
-            ax.set(xlim=(-0.2, 32.2), ylim=(0, 6.0))
+            ax.set(xlim=(-0.2, 32.2), ylim=(0, 6.7))
+            ax.text(0, 6.2, "One number in three formats", fontsize=14, weight="bold")
             ax.set_axis_off()
             self._places, self._heads = [], []
             for row, fields in enumerate([(1, 8, 23), (1, 5, 10), (1, 8, 7)]):
@@ -229,10 +253,13 @@ class BitsFigure(LiveFigure):
 
 
 class MemoryFigure(LiveFigure):
-    """Shows an `explorers.formats.MemoryView`: what a model takes, above the memory of cards."""
+    """Shows an `explorers.formats.MemoryView`: what a model takes, above the memory of cards.
+
+    Beside a card that holds it: how many tokens per second it can write at most.
+    """
 
     def __init__(self, cards: dict[str, float]):
-        super().__init__(width=10, height=4.3)
+        super().__init__(width=10, height=4.5)
         self._cards = cards
         with style():
             ax = self.axes
@@ -253,14 +280,22 @@ class MemoryFigure(LiveFigure):
                 for y, memory in enumerate(reversed(cards.values()))
             ]
             handles = [Patch(label=PART_NAMES.get(part, part), **part_fill(part)) for part in parts]
+            beside = {"transform": ax.get_yaxis_transform(), "va": "center"}
+            ax.text(1.01, top, "tokens/s,\nat most", fontsize=12, **beside)
+            self._ceilings = [ax.text(1.01, y, "", **beside) for y in range(len(cards))]
             handles += [
                 Patch(facecolor="#B9DDCF", edgecolor="#00634A", label="card holds it"),
                 Patch(facecolor="white", edgecolor="#777777", label="too small"),
             ]
-            self.figure.legend(handles=handles, loc="outside upper center", ncols=3)
+            title = {"title": "Which cards hold the model, and how fast can they write at most?"}
+            bold = {"title_fontproperties": {"weight": "bold", "size": 14}}
+            self.figure.legend(
+                handles=handles, loc="outside upper center", ncols=3, **title, **bold
+            )
             self._line = ax.axvline(0, color=COLORS["text"], lw=1.5, ls="--")
             self._total = ax.text(0, top, "", va="center", weight="bold")
             self.animate(*self._memory, self._line, *self._parts.values(), self._total)
+            self.animate(*self._ceilings)
 
     def update(self, view):
         if self.changed(view.limit):
@@ -275,6 +310,9 @@ class MemoryFigure(LiveFigure):
             holds = memory >= view.total
             bar.set(facecolor="#B9DDCF" if holds else "white")
             bar.set(edgecolor="#00634A" if holds else "#777777")
+        for words, card in zip(self._ceilings, reversed(self._cards), strict=True):
+            most = view.ceilings.get(card)
+            words.set_text("" if most is None else f"{float(f'{most:.3g}'):,g}")
         self._line.set_xdata([left, left])
         self._total.set_text(f" {view.total:.3g} GB")
         self._total.set_x(left)

@@ -51,8 +51,8 @@ def whole_grid(weights, scale, near=(-0.025, 0.065)):
 def error_histogram(errors, scale):
     """How the rounding errors lie inside one step of the grid.
 
-    errors: any shape, in the unit of `scale`. The dashed line is what errors that favor no place
-    between two levels would give.
+    errors: any shape, in the unit of `scale`. The dashed line is what errors spread uniformly over
+    the step would give.
     """
     steps = np.ravel(np.asarray(errors, float)) / float(scale)
     bins = 40
@@ -61,7 +61,7 @@ def error_histogram(errors, scale):
         figure, ax = new_figure(width=10, height=3.2)
         ax.stairs(counts, edges, fill=True, color=COLORS["error"], alpha=0.85, label="measured")
         flat = steps.size / bins
-        ax.axhline(flat, color=COLORS["text"], linestyle="--", label="the same everywhere")
+        ax.axhline(flat, color=COLORS["text"], linestyle="--", label="uniform")
         ax.set(xlim=(-0.6, 0.6), ylim=(0, 1.45 * counts.max()))
         ax.set(xlabel="error, in steps of the grid", ylabel="weights")
         ax.legend(loc="upper right", ncols=2)
@@ -73,7 +73,7 @@ def error_histogram(errors, scale):
 
 
 def sqnr_over_bits(bits, measured, expected):
-    """Measured SQNR and the one that scale²/12 promises, in dB, over bits per weight; (n,) each."""
+    """Measured SQNR and the one that scale²/12 predicts, in dB, over bits per weight; (n,) each."""
     bits, measured, expected = (np.asarray(values, float) for values in (bits, measured, expected))
     with style():
         figure, ax = new_figure(width=10, height=3.6)
@@ -94,14 +94,14 @@ def sqnr_over_bits(bits, measured, expected):
         )
 
 
-def layers_sqnr(reach, sqnr, marked):
-    """SQNR of many layers over how far their largest weight sticks out.
+def layers_sqnr(crest, sqnr, marked):
+    """SQNR of many layers over their crest factor.
 
-    reach: name -> max|w| / root mean square; sqnr: name -> dB at 8 bits; marked: name -> label, the
-    layers to point at. The dashed line is what scale²/12 promises for 8 bits.
+    crest: name -> max|w| / root mean square; sqnr: name -> dB at 8 bits; marked: name -> label, the
+    layers to point at. The dashed line is what scale²/12 predicts for 8 bits.
     """
-    names = list(reach)
-    xs, ys = np.array([reach[name] for name in names]), np.array([sqnr[name] for name in names])
+    names = list(crest)
+    xs, ys = np.array([crest[name] for name in names]), np.array([sqnr[name] for name in names])
     with style():
         figure, ax = new_figure(width=10, height=4)
         line = np.geomspace(xs.min() * 0.93, xs.max() * 1.08, 50)
@@ -110,7 +110,7 @@ def layers_sqnr(reach, sqnr, marked):
         look = method_line("absmax") | {"linestyle": "", "alpha": 0.6}
         ax.plot(xs, ys, label=f"{len(names)} linear layers", **look)
         for name, label in marked.items():
-            x, y = reach[name], sqnr[name]
+            x, y = crest[name], sqnr[name]
             right = x < np.sqrt(xs.min() * xs.max())
             ax.plot(x, y, "o", color=COLORS["highlight"], markersize=11)
             ax.annotate(
@@ -124,7 +124,7 @@ def layers_sqnr(reach, sqnr, marked):
             )
         ax.set_xscale("log", base=2)
         set_ticks(ax.xaxis, [4, 8, 16, 32, 64])
-        ax.set(xlabel="reach: largest weight / root mean square", ylabel="SQNR (dB)")
+        ax.set(xlabel="crest factor: largest weight / root mean square", ylabel="SQNR (dB)")
         ax.set_ylim(ys.min() - 4, ys.max() + 3)
         ax.legend(loc="upper right")
         off = np.abs(10 * np.log10(12 * 127**2 / xs**2) - ys).max()

@@ -107,7 +107,7 @@ def test_readout_says_the_numbers():
     assert numbers == {
         "largest weight": f"{float(f'{shown.largest:.3g}'):,g}",
         "scale, the step of the grid": f"{shown.scale:.3g}",
-        "levels in use": f"{len(shown.levels)} of 16",
+        "levels in use": f"{len(shown.levels)} of 15",
         "weights that become 0": f"{shown.zeros:.1%}",
         "mean squared error": f"{shown.mse:.2e}",
         "largest error": f"{shown.max_error:.2e}",

@@ -170,6 +170,10 @@ def test_every_setting_of_the_calculator(panel):
             assert math.isclose(shown["KV cache"] * 1e9, expected_cache(shape, *cache))
             assert math.isclose(view.total, sum(shown.values()), rel_tol=1e-12)
             assert view.holds == [card for card, most in CARDS.items() if most >= view.total]
+            read = expected[0] + expected[1] + expected_cache(shape, *cache)
+            if not shape.tied:
+                read -= shape.vocabulary * shape.hidden * (4 if format == "fp32" else 2)
+            assert view.read == pytest.approx(read / 1e9, abs=2 * slack / 1e9)
             assert view.limit >= 1.15 * view.total
             applied += 1
     assert applied > 10 * explained > 0
@@ -193,12 +197,44 @@ def test_the_readout_says_what_the_view_holds(panel):
         assert lines["embeddings, head, norms"].startswith(f"{view.gigabytes['kept']:.3g} GB")
         assert max(map(len, panel.readout.splitlines())) <= 88
         assert lines["fits"] == ("; ".join(view.holds) or "none of these cards alone")
+        read, _, speeds = lines["read for each token"].partition(" GB")
+        assert read == f"{view.read:.3g}"
+        assert bool(speeds) == bool(view.holds)
+        if view.holds:
+            ends = re.fullmatch(r", at most (\S+)(?: to (\S+))? tokens/s", speeds).groups()
+            ends = [float(end.replace(",", "")) for end in ends if end]
+            assert ends[0] == pytest.approx(min(view.ceilings.values()), rel=5e-3)
+            assert ends[-1] == pytest.approx(max(view.ceilings.values()), rel=5e-3)
 
 
 def test_what_no_card_holds(panel):
     panel.set(model="Llama-3-70B", format="fp32")
     assert panel.view.holds == []
     assert panel.readout.endswith("none of these cards alone")
+
+
+def test_each_card_that_holds_the_model_has_its_ceiling(panel):
+    assert list(formats.BANDWIDTH) == list(CARDS)
+    panel.set(model="Llama-2-7B", format="int4", context=4096)
+    per_token = 32 * (4 * 4096**2 + 3 * 4096 * 11_008) * 4.25 / 8  # codes and scales
+    per_token += 2 * (32_000 + 65) * 4096  # the head and the norms; of the embeddings one row
+    per_token += 2 * 32 * 32 * 128 * 2 * 4096  # keys and values
+    ceilings = panel.view.ceilings
+    assert list(ceilings) == panel.view.holds
+    assert ceilings["RTX 5090"] == pytest.approx(1792e9 / per_token)
+    assert ceilings["H200"] == pytest.approx(4800e9 / per_token)
+
+    one = panel.view.read
+    panel.set(batch=2)  # one reading of the weights, two caches, two tokens
+    assert panel.view.read - one == pytest.approx(panel.view.gigabytes["KV cache"] / 2)
+
+
+def test_the_ceilings_stand_beside_the_cards(panel):
+    for model in ("Llama-2-7B", "Llama-3-70B"):
+        panel.set(model=model, format="int4")
+        words = [text.get_text() for text in reversed(panel.figure._ceilings)]
+        most = [panel.view.ceilings.get(card) for card in CARDS]
+        assert words == ["" if speed is None else f"{speed:.3g}" for speed in most]
 
 
 def test_the_axis_stays_while_the_format_moves(panel):
