@@ -319,8 +319,8 @@ def result_section(records):
                 name,
                 f"{cost['bits_per_weight']:.2f}",
                 f"{quality['perplexity']['value']:.2f}",
-                f"{quality['kl']['value']:.3f}",
-                f"{low:.3f} to {high:.3f}",
+                f"{quality['kl']['value']:.4f}",
+                f"{low:.4f} to {high:.4f}",
             )
         )
     return f"{markdown.table(table)}\n"
