@@ -1,1 +1,1 @@
-"""A whole model: its linear layers replaced, its blocks walked, its codes on disk."""
+"""Whole models: replace their linear layers, pass text through their blocks, store their codes."""

@@ -1,7 +1,8 @@
-"""What no tensor shows of an architecture: which norm or layer feeds which linear layers.
+"""Which norm or layer feeds which linear layers: facts that no tensor of a model shows.
 
-SmoothQuant and AWQ move factors from one module into the next, and have to know where they go. By
-the class name of a transformer block in transformers; inside, module names in the block.
+SmoothQuant and AWQ move factors from one module into the next, so they need to know which. The keys
+of the tables are class names of transformer blocks in transformers; the values are module names
+inside such a block.
 """
 
 import torch
@@ -17,9 +18,10 @@ SMOOTHED = {
     },
     "GPT2Block": {"ln_1": ("attn.c_attn",), "ln_2": ("mlp.c_fc",)},
 }
-# Which linear layers put out what the next ones read, channel by channel, up to a factor: values
-# are averaged over tokens, a gate multiplies. Of `c_attn` only the last third, the values. GPT-2's
-# `mlp.c_proj` stands behind a gelu, which no factor passes through: it is rounded unscaled.
+# Which linear layers feed others channel by channel, up to a factor: attention averages values over
+# tokens, a gate multiplies. Of `c_attn` this is only the last third, the values. GPT-2's
+# `mlp.c_proj` follows a gelu, through which no factor can be folded: it is rounded unscaled here.
+# (The authors' code scales it and divides after the gelu, at run time.)
 CHAINED = {
     "LlamaDecoderLayer": {
         "self_attn.v_proj": ("self_attn.o_proj",),
@@ -27,16 +29,16 @@ CHAINED = {
     },
     "GPT2Block": {"attn.c_attn": ("attn.c_proj",)},
 }
-# Queries are multiplied with keys, and the error of each says little about that of the product.
+# Queries are multiplied by keys, so the error of one says little about the error of the product.
 UNCLIPPED = ("q_proj", "k_proj", "c_attn")
 
 
 def fold(source: nn.Module, readers: list[nn.Module], s: torch.Tensor) -> None:
-    """Divides what `source` puts out by s, and multiplies the columns of its `readers` by s.
+    """Divides the outputs of `source` by s, and multiplies the columns of its `readers` by s.
 
-    `source`: a norm with a gain (and bias) for each channel, or a linear layer, whose last len(s)
-    outputs are meant. Together they compute the same as before. Weights and biases become new
-    parameters of their data types: the old ones may lie in a mapped file that others read.
+    `source`: a norm with a gain (and bias) for each channel, or a linear layer, of which the last
+    len(s) outputs are divided. Together they compute the same as before. Weights and biases become
+    new parameters of the same data types: the old ones may be views of a mapped file.
     """
     divisor = s
     if source.weight.dim() == 1:
@@ -55,16 +57,16 @@ def _put(module, name, tensor):
 
 
 def folds(block: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Source -> readers, by name, of a block's scales that can be folded.
+    """Source -> readers, by name: the pairs in a block between which scales can be folded.
 
-    A linear source has to put out a channel for each one of its reader's. With grouped-query
-    attention it does not: several heads share their values, and `o_proj` is rounded unscaled, as
-    in the published code. Raises ValueError for a block that is not Llama's or GPT-2's.
+    A linear source must have an output for each input of its reader. With grouped-query attention
+    it does not: several heads share their values, so `o_proj` is rounded unscaled, as in the
+    published code. Raises ValueError for a block that is not Llama's or GPT-2's.
     """
     kind = type(block).__name__
     if kind not in SMOOTHED:
         raise ValueError(
-            f"AWQ needs to know which norm or layer feeds which layers; of {kind} it does not. "
+            f"AWQ needs to know which norm or layer feeds which layers, and {kind} is not known. "
             f"Known blocks: {', '.join(SMOOTHED)}"
         )
 

@@ -1,7 +1,7 @@
 """AWQ on one transformer block: scales searched and folded, ranges clipped, weights rounded.
 
-`awq.py` has the searches. Here is what has to know the block: which module's output a scale is
-judged by, and into which module its inverse goes (`architectures.py`).
+`awq.py` has the searches. This file has the part that depends on the block: which module's output
+decides on a scale, and into which module the inverse of the scale is folded (`architectures.py`).
 """
 
 from collections.abc import Callable
@@ -35,15 +35,16 @@ def awq_block(
 ) -> dict[str, QuantizedTensor]:
     """Quantizes the next block of a walk, and sends the hidden states through it.
 
-    Returns the weights of its linear layers by their names in the block, as `quantize_affine`
-    makes them. In the block itself norms and biases take the scales in, in their data types, and
-    the layers hold the dequantized weights in float32. All of these are new parameters: the old
-    ones, from `dict(block.named_parameters())` before, can be put back, also after an error.
+    Returns the quantized weights of its linear layers by their names in the block, as
+    `quantize_affine` makes them. In the block itself, the scales are folded into norms and biases,
+    which keep their data types, and the layers hold the dequantized weights in float32. All of
+    these are new parameters: the old ones, from an earlier `dict(block.named_parameters())`, can be
+    put back, also after an error.
 
-    The loss of scales that a norm takes in is that of the whole attention or MLP; of those that a
-    linear layer takes in, that of the layer which reads them. All are searched in the unchanged
-    block, then folded, then each layer is clipped and rounded. `report(name, loss)` gets the
-    squared error of each layer's output, as a share of the output's square.
+    The loss of scales that are folded into a norm is that of the whole attention or MLP; the loss
+    of scales that are folded into a linear layer is that of the layer that reads them. All scales
+    are searched in the unchanged block, then folded; then each layer is clipped and rounded.
+    `report(name, loss)` gets the squared error of each layer's output relative to the output.
 
     Raises as `folds`, `Walk.groups` and `quantize_affine`, naming the layer.
     """
@@ -88,7 +89,7 @@ def awq_block(
         put_weight(layer, restored)
         error = (x @ (restored - W).T).square().sum().item()
         report(name, error / (x @ W.T).square().sum().item() if error else 0.0)
-    # norms and biases go out in their own data type; the weights, which stand for codes, do not
+    # norms and biases return to their own data type; the dequantized weights stay in float32
     rounded = {f"{name}.weight" for name in quantized}
     for name, dtype in dtypes.items():
         if name not in rounded:
@@ -108,13 +109,13 @@ def _check(name, weight, group_size):
 
 
 def _loss_module(block, source, readers):
-    """The module whose output gives the loss: behind a norm what the readers are part of."""
+    """The module whose output gives the loss: after a norm, the one that contains the readers."""
     after_norm = block.get_submodule(source).weight.dim() == 1
     return readers[0].rpartition(".")[0] if after_norm else readers[0]
 
 
 def _outputs(block, owner, readers, calls):
-    """The function from new weights of the readers to what that module then puts out."""
+    """A function from new weights of the readers to the outputs of the module `owner`."""
     module = block.get_submodule(owner)
     layers = {f"{name}.weight"[len(owner) + 1 :]: block.get_submodule(name) for name in readers}
 

@@ -1,9 +1,9 @@
-"""A whole model block by block: resumable, and undone where it fails.
+"""Quantizes a whole model block by block: can be resumed, and is undone after an error.
 
-What a method needs of the calibration text, and what the next block gets to see, is in `walk.py`.
-Here is the frame around it: each block's linear layers become `QuantizedLinear`; each finished
-block can be kept in a file, from which an interrupted run goes on. Methods that only round may go
-the same way, without any text: then a model need not fit into memory.
+`walk.py` sends the calibration text through the blocks. This file has the loop around it: each
+block's linear layers become `QuantizedLinear`, and each finished block can be kept in a file, from
+which an interrupted run resumes. Methods that only round may use the same loop without any text, so
+that a model need not fit into memory.
 """
 
 import hashlib
@@ -38,12 +38,12 @@ Quantize = Callable[[Walk, int, Callable[[str, float], None]], dict[str, Quantiz
 def gptq_block(
     walk: Walk, index: int, report: Callable[[str, float], None], **options
 ) -> dict[str, QuantizedTensor]:
-    """Quantizes a block by GPTQ while the walk goes through it: name -> QuantizedTensor.
+    """Quantizes a block by GPTQ while the text passes through it: name -> QuantizedTensor.
 
-    Leaves the dequantized weights in the block's layers. Layers that read the same input share its
-    Hessian, and are one matrix to GPTQ, whose rows have nothing to do with each other: one loop
-    over the columns serves them all. `report(name, loss)` gets each layer's `gptq.layer_loss`;
-    `options` are those of `gptq.quantize`.
+    Leaves the dequantized weights in the block's layers. Layers that read the same input share a
+    Hessian. GPTQ treats rows independently, so their weights are stacked into one matrix and
+    quantized in one loop over the columns. `report(name, loss)` gets each layer's
+    `gptq.layer_loss`; `options` are those of `gptq.quantize`.
     """
     block, quantized = walk.blocks[index], {}
 
@@ -75,18 +75,18 @@ def quantize_blocks(
     progress: bool = True,
     resume: Path | str | None = None,
 ) -> nn.Module:
-    """Puts a QuantizedLinear in the place of every linear layer in the model's blocks.
+    """Replaces every linear layer in the model's blocks with a QuantizedLinear.
 
     `quantize(walk, index, report)` quantizes one block as `gptq_block` does. `tokens`: calibration
-    text, or None for a method that reads none. `settings`: the method and its options, which tell
-    this run from others. `resume`: a folder that keeps each finished block; called again with the
-    same model, tokens and settings, the run goes on where it ended. With it, the finished blocks
-    are held in these files, not in memory.
+    text, or None for a method that reads none. `settings`: the method and its options, which
+    distinguish this run from others. `resume`: a folder that keeps each finished block; another
+    call with the same model, tokens and settings resumes from them. The finished blocks are then
+    mapped from these files, not in memory.
 
     The first block of each structure is tried out with its quantized layers before the others are
-    quantized. When anything fails, or the reader interrupts, the model is unchanged; the folder
-    keeps its blocks. Raises ValueError if the folder holds another run, if a block does not compute
-    with quantized layers, and for experts in one tensor.
+    quantized. After an error or an interruption the model is unchanged; the folder keeps its
+    blocks. Raises ValueError if the folder holds another run, if a block does not compute with
+    quantized layers, and for experts in one tensor.
     """
     from tqdm.auto import tqdm
 
@@ -144,9 +144,9 @@ def _replace_block(walk: Walk, index: int, quantize: Quantize, bar) -> None:
 
 
 class _Undo:
-    """Brings a block back to its present state. Takes no copy of a weight.
+    """Restores a block to its present state, without copies of the weights.
 
-    Norms and biases, which AWQ changes and a file overwrites in place, become copies here.
+    Norms and biases are replaced by copies, because AWQ changes them, and so does a block's file.
     """
 
     def __init__(self, block: nn.Module):
@@ -168,12 +168,12 @@ class _Undo:
 
 
 def _open_folder(folder: Path, walk: Walk, tokens: torch.Tensor | None, settings: dict) -> Path:
-    """Makes the folder of a run, or makes sure that it is this run's."""
+    """Makes the folder of a run, or checks that it belongs to this run."""
     digest = hashlib.sha256()
     if tokens is not None:
         digest.update(repr(tokens.shape).encode() + tokens.cpu().numpy().tobytes())
     for name, parameter in walk.model.named_parameters():
-        start = parameter.detach().reshape(-1)[:8].float().cpu()  # of each: all would be slow
+        start = parameter.detach().reshape(-1)[:8].float().cpu()  # reading all would be slow
         digest.update(f"{name} {tuple(parameter.shape)}".encode() + start.numpy().tobytes())
     run = {
         "settings": {name: str(value) for name, value in settings.items()},

@@ -1,13 +1,13 @@
 """Kernels that multiply with packed 4-bit codes: torch's, and bitsandbytes'.
 
-QuantizedLinear dequantizes before it multiplies. A fused kernel does both at once, in the
-processor's registers, so that it reads 4 bits a weight and nothing else. The price: the codes have
-to be in an order of its own, and it computes in bfloat16.
+QuantizedLinear dequantizes before it multiplies. A fused kernel does both in one step, in the
+processor's registers, so that it reads only codes and scales from memory. In return the codes must
+be in the kernel's own order, and it computes in bfloat16.
 
-- "absmax" and "affine" with 4 bits: torch has a kernel for its CPUs
-- "nf4" and "fp4": torch has none. bitsandbytes has one for processors with AVX512-BF16; if that
-  is installed, it is borrowed. For other processors bitsandbytes has a compiled dequantization,
-  which is borrowed instead, a few rows at a time; that one computes in the input's data type
+- "absmax" and "affine" with 4 bits: torch has a kernel for CPUs
+- "nf4" and "fp4": torch has none. If bitsandbytes is installed, its kernel is used on processors
+  with AVX512-BF16. On other processors its compiled dequantization is used, a few rows at a time;
+  this one computes in the input's data type
 """
 
 import torch
@@ -17,23 +17,23 @@ from chapter13.packing import PIECE
 from chapter13.quiet import silent_bitsandbytes
 from chapter13.whole_model.linear import KeepsDtypes, QuantizedLinear, quantized_layers
 
-GROUP_SIZES = {  # that the kernels know
+GROUP_SIZES = {  # that the kernels support
     "integer": (32, 64, 128, 256),
     "code book": (32, 64, 128, 256, 512, 1024, 2048, 4096),
 }
-_ROWS = {"integer": 16, "code book": 32}  # of the weight, that they take at a time
+_ROWS = {"integer": 16, "code book": 32}  # of the weight that the kernels process at a time
 
 
 class FusedLinear(KeepsDtypes):
     """y = x W^T + b by a fused kernel, on a CPU.
 
-    `layer`: a QuantizedLinear, which stays as it is. Its codes are copied into the kernel's order,
+    `layer`: a QuantizedLinear, which stays unchanged. Its codes are copied into the kernel's order,
     and its scales (and zero points) rounded to bfloat16. Input (..., in_features) is rounded to
     bfloat16, the sums are float32, the result is rounded to bfloat16 and has the input's data type.
-    NF4 and FP4 without AVX512-BF16: nothing is rounded but to the input's data type.
+    NF4 and FP4 without AVX512-BF16 are only rounded to the input's data type.
 
-    Raises ValueError where no kernel takes the layer, and ImportError where it is bitsandbytes'
-    and that is not installed: see `why_not`.
+    Raises ValueError if no kernel supports the layer (see `why_not`), and ImportError if the kernel
+    is bitsandbytes' and it is not installed.
     """
 
     def __init__(self, layer: QuantizedLinear):
@@ -45,7 +45,7 @@ class FusedLinear(KeepsDtypes):
         self.group_size = quantized.group_size
         self.kind = quantized.kind
         codes = quantized.codes()
-        # both kernels go along the rows of many output features at a time: the group comes first
+        # both kernels process many output features at a time: the group's dimension comes first
         scale = quantized.scale.float().view(self.out_features, -1).T
         table = quantized.code_book
         if table is not None and not _load_bitsandbytes():
@@ -87,7 +87,7 @@ class FusedLinear(KeepsDtypes):
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _dequantize_and_multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """Some rows of the weight at a time: they are multiplied while they are in the cache."""
+        """Dequantizes some rows at a time and multiplies them while they are in the cache."""
         rows = max(1, PIECE // self.in_features)
         pieces = []
         for codes, scale in zip(self.codes.split(rows), self.scale.split(rows), strict=True):
@@ -102,10 +102,10 @@ class FusedLinear(KeepsDtypes):
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Puts a FusedLinear in the place of every QuantizedLinear of a model; returns the model.
+    """Replaces every QuantizedLinear of a model with a FusedLinear; returns the model.
 
-    For inference: a fused model is not saved, save it before. All or none: raises as FusedLinear,
-    naming the layer, before any layer is replaced, and ValueError where there is none.
+    For inference: there is no file format for fused layers, so save the model before. Raises as
+    FusedLinear, naming the layer, before any layer is replaced, and ValueError if there is none.
     """
     layers = quantized_layers(model)
     if not layers:
@@ -120,7 +120,7 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def why_not(layer: QuantizedLinear) -> str | None:
-    """Why no fused kernel takes this layer; None if one does."""
+    """Why no fused kernel supports this layer; None if one does."""
     kind, bits, size = (layer.plan[name] for name in ("kind", "bits", "group_size"))
     family = "integer" if kind in ("absmax", "affine") else "code book"
     if layer.packed.device.type != "cpu":
@@ -141,8 +141,8 @@ def why_not(layer: QuantizedLinear) -> str | None:
 def interleave(codes: torch.Tensor) -> torch.Tensor:
     """4-bit codes (out, in) in the order of bitsandbytes' kernel: uint8 (out, in / 2).
 
-    Of 32 rows it reads two columns at a time, 64 codes: rows 0 to 15 in the low halves of 32
-    bytes, rows 16 to 31 in the high halves.
+    The kernel reads two columns of 32 rows at a time, 64 codes: rows 0 to 15 are in the low halves
+    of 32 bytes, rows 16 to 31 in the high halves.
     """
     out, width = codes.shape
     pairs = codes.view(out // 32, 2, 16, width // 2, 2).permute(0, 3, 1, 2, 4)
@@ -151,13 +151,13 @@ def interleave(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _load_bitsandbytes() -> bool:
-    """Imports bitsandbytes, which registers its operators; whether it has a fused kernel here."""
+    """Imports bitsandbytes and its operators; returns whether it has a fused kernel here."""
     try:
         with silent_bitsandbytes():
             from bitsandbytes.functional import has_avx512bf16
     except ImportError as error:
         raise ImportError(
-            "torch has no kernel for NF4 and FP4 on a CPU, and bitsandbytes, whose kernel could "
-            "be borrowed, is not here: pip install bitsandbytes"
+            "torch has no kernel for NF4 and FP4 on a CPU, and bitsandbytes, which has one, is not "
+            "installed: pip install bitsandbytes"
         ) from error
     return has_avx512bf16()

@@ -11,10 +11,10 @@ def int8_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.device.type == "cpu":
         if has_fast_int8():
             return torch._int_mm(a, b.T)
-        # 1024 products of 128 * 128 at most add up to 2**24: float32 holds every such sum
+        # 1024 products of at most 128 * 128 add up to at most 2**24: float32 holds every such sum
         parts = zip(a.split(1024, dim=1), b.split(1024, dim=1), strict=True)
         return sum((x.float() @ y.float().T).int() for x, y in parts)
-    # CUDA's kernel wants more than 16 rows and multiples of 8
+    # CUDA's kernel needs more than 16 rows and multiples of 8
     rows, features = -len(a) % 8 + 24, -a.shape[1] % 8
     padded_a = nn.functional.pad(a, (0, features, 0, rows))
     padded_b = nn.functional.pad(b, (0, features, 0, -len(b) % 8))
@@ -22,9 +22,9 @@ def int8_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def has_fast_int8() -> bool:
-    """Whether this processor multiplies int8 faster than float32; without AVX-512 torch does not.
+    """Whether torch multiplies int8 faster than float32 on this processor: only with AVX-512.
 
-    (For lack of instructions for it: `torch._int_mm` then goes through the numbers one by one.)
+    (Without its instructions, `torch._int_mm` processes the numbers one by one.)
     """
     return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
@@ -39,23 +39,23 @@ def has_int8_product(weight: QuantizedTensor, x: torch.Tensor) -> bool:
 def int8_product(x: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
     """x @ weight^T for 8-bit absmax codes with a scale per row, without dequantizing: (rows, out).
 
-    bfloat16 goes to torch's own kernel for int8 weights. For other data types each row of x is
-    written as three int8 digits, x = step * (a + b / 254 + c / 254**2): three products of integers,
-    which are exact, and what is left over is below 2**-23 of the row's largest magnitude.
+    bfloat16 uses torch's own kernel for int8 weights. For other data types each row of x is written
+    as three int8 digits, x = step * (a + b / 254 + c / 254**2). This needs three products of
+    integers, which are exact; the remainder is below 2**-23 of the row's largest magnitude.
     """
     codes = weight.packed.view(torch.int8).view(weight.shape)
     scale = weight.scale.float().view(1, -1)
     if x.dtype == torch.bfloat16:
         return torch._weight_int8pack_mm(x.contiguous(), codes, scale.view(-1).to(x.dtype))
     rest = x.float()
-    # magnitudes below 1e-28 count as zero, or the third step would be a subnormal number
+    # magnitudes below 1e-28 count as zero: the third step would be a subnormal number
     step = (rest.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
     product = torch.zeros(len(x), len(codes))
     for _ in range(3):
         digit = (rest / step).round_()
         rest = rest - digit * step
         digit = digit.to(torch.int8)
-        # row by row: torch's product is at its fastest for a single one
+        # row by row, because torch's product is fastest for a single row
         rows = [torch._int_mm(row, codes.T) for row in digit.split(1)]
         product += torch.cat(rows) * step
         step = step / 254

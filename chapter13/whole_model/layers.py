@@ -1,9 +1,9 @@
-"""The linear layers of a model: `torch.nn.Linear`, and GPT-2's `Conv1D`, which is one transposed.
+"""The linear layers of a model: `torch.nn.Linear`, and GPT-2's `Conv1D`, the same but transposed.
 
-A loop over `nn.Linear` alone leaves GPT-2 unchanged: all linear layers of its blocks are
-transformers' `Conv1D`, whose weight is (in_features, out_features). A loop over its subclasses too
-would meet layers of other libraries that are quantized already; so a subclass, such as Falcon's,
-is taken if it computes what an `nn.Linear` does.
+A loop over `nn.Linear` alone would leave GPT-2 unchanged: all linear layers of its blocks are
+transformers' `Conv1D`, whose weight is (in_features, out_features). A loop over all subclasses
+would include layers that other libraries have already quantized, so a subclass, such as Falcon's,
+only counts if it computes the same as an `nn.Linear`.
 """
 
 import copy
@@ -15,7 +15,7 @@ from torch import nn
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' `Conv1D`; recognised by its name: nothing is imported."""
+    """Whether a module is transformers' `Conv1D`, by its name: transformers is not imported."""
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers")
 
 
@@ -36,7 +36,7 @@ def put_weight(layer: nn.Module, weight: torch.Tensor) -> None:
 
 
 def put_parameter(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Gives a module a new parameter: the old one may lie in a mapped file that others read."""
+    """Gives a module a new parameter: the old one may be a view of a mapped file."""
     old = getattr(module, name)
     setattr(module, name, nn.Parameter(tensor, requires_grad=old.requires_grad))
 
@@ -45,8 +45,8 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> module of every linear layer, in the model's order, except the head.
 
     Linear layers are `nn.Linear`, its subclasses that compute the same, and `Conv1D`. The head
-    (`model.get_output_embeddings()`, where a model has that) often shares the embeddings' memory,
-    and is left alone with them, as by all libraries.
+    (`model.get_output_embeddings()`, if the model has that) often shares the embeddings' memory and
+    stays unquantized with them, as in bitsandbytes, GPTQ and AWQ.
     """
     head = None
     if hasattr(model, "get_output_embeddings"):
@@ -79,7 +79,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _computes_as_linear(module: nn.Linear) -> bool:
-    """Tries a copy with a small weight. Whole numbers: exact in whatever order they are added."""
+    """Tests a copy with a small weight of whole numbers, whose sums are exact in any order."""
     small = copy.copy(module)
     weight, bias = torch.tensor([[1.0, -2.0, 4.0], [8.0, 3.0, -5.0]]), torch.tensor([7.0, -9.0])
     bias = None if module.bias is None else bias
@@ -89,7 +89,7 @@ def _computes_as_linear(module: nn.Linear) -> bool:
     x = torch.tensor([[[1.0, 2.0, 3.0], [-4.0, 6.0, 5.0]]])
     try:
         y = type(module).forward(small, x)
-    except Exception:  # whatever it needs, it is no plain linear layer
+    except Exception:  # it needs more than a plain linear layer
         return False
     return isinstance(y, torch.Tensor) and torch.equal(y, nn.functional.linear(x, weight, bias))
 
@@ -97,7 +97,7 @@ def _computes_as_linear(module: nn.Linear) -> bool:
 def expert_stacks(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter of weights that hold many matrices in one tensor, (experts, rows, columns).
 
-    Mixtures of experts keep them so in transformers 5. Kernels of convolutions are not meant.
+    transformers 5 stores mixtures of experts like this. Convolution kernels do not count.
     """
     return {
         f"{owner}.{name}".lstrip("."): parameter
@@ -109,7 +109,7 @@ def expert_stacks(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def check_all_reached(model: nn.Module) -> None:
-    """Raises ValueError for a model most of whose weights are in no linear layer."""
+    """Raises ValueError for a model that has weights of experts outside its linear layers."""
     if stacks := expert_stacks(model):
         name, stack = next(iter(stacks.items()))
         count = sum(parameter.numel() for parameter in stacks.values())
@@ -126,11 +126,11 @@ def replace_layers(
     progress: bool = True,
     description: str = "quantizing",
 ) -> nn.Module:
-    """Puts `make(name, layer)` in the place of every linear layer; returns the model.
+    """Replaces every linear layer with `make(name, layer)`; returns the model.
 
-    All or none: when `make` fails, or the reader interrupts, the layers replaced so far are put
-    back before the error is raised again. Shows a progress bar over the layers if `progress`.
-    Raises ValueError if there is no linear layer (left), and for experts in one tensor.
+    If `make` fails, or the run is interrupted, the layers replaced so far are put back before the
+    error is raised again. Shows a progress bar over the layers if `progress`. Raises ValueError if
+    there is no linear layer (left), and for experts in one tensor.
     """
     layers = linear_layers(model)
     if not layers:
@@ -156,7 +156,7 @@ def replace_layers(
 
 @contextmanager
 def watch(modules: dict[str, nn.Module], see: Callable[[str, tuple, dict], None]) -> Iterator[None]:
-    """Meanwhile `see(name, args, kwargs)` is called before one of the modules computes."""
+    """Inside the `with` block, `see(name, args, kwargs)` is called before a module computes."""
     handles = [
         module.register_forward_pre_hook(
             lambda module, args, kwargs, name=name: see(name, args, kwargs), with_kwargs=True
@@ -172,7 +172,7 @@ def watch(modules: dict[str, nn.Module], see: Callable[[str, tuple, dict], None]
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in eval mode; afterwards in the mode that it had."""
+    """Puts the model in eval mode, and afterwards back into its former mode."""
     training = model.training
     try:
         yield model.eval()

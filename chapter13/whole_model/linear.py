@@ -1,8 +1,8 @@
-"""QuantizedLinear: a linear layer that holds its weight quantized, and multiplies with it.
+"""QuantizedLinear: a linear layer with a quantized weight.
 
-The drop-in for `torch.nn.Linear` and for GPT-2's `Conv1D`. The weight is dequantized for each
-multiplication, layer by layer, so the model never lies in memory as a whole: what is saved is
-memory and the traffic to it, while activations stay floating point ("weight-only").
+It replaces `torch.nn.Linear` and GPT-2's `Conv1D`. The weight is dequantized for each
+multiplication, layer by layer, so the dequantized model is never in memory as a whole. Activations
+stay floating point ("weight-only").
 """
 
 import torch
@@ -12,11 +12,11 @@ from torch.nn.functional import linear
 from chapter13.tensors import QuantizedTensor
 from chapter13.whole_model.int8 import has_int8_product, int8_product
 
-FEW = 4  # rows of input up to which reading the weight takes longer than multiplying with it
+FEW = 4  # up to so many rows of input, reading the weight takes longer than multiplying by it
 
 
 class KeepsDtypes(nn.Module):
-    """A module that `.to(device)` moves, and whose buffers keep their data types in a cast."""
+    """A module whose buffers follow `.to(device)` but keep their data types in a cast."""
 
     def _apply(self, fn, recurse=True):
         def move(tensor):
@@ -29,14 +29,15 @@ class KeepsDtypes(nn.Module):
 class QuantizedLinear(KeepsDtypes):
     """y = x W^T + b with a quantized W.
 
-    `quantized`: shape (out_features, in_features), also where it replaces a `Conv1D`, whose own
-    weight is the transpose. `bias`: (out_features,) or None. Input (..., in_features) of float32,
-    bfloat16 or float16 gives output (..., out_features) of the same data type.
+    `quantized`: shape (out_features, in_features), also if it replaces a `Conv1D`, whose own weight
+    is transposed. `bias`: (out_features,) or None. Input (..., in_features) of float32, bfloat16 or
+    float16 gives output (..., out_features) of the same data type.
 
     The parts of the QuantizedTensor are buffers: `state_dict`, `.to(device)` and `model_size_mb`
-    see them. Casting a model (`.bfloat16()`) leaves them as they are, the bias too.
+    include them. Casting a model (`.bfloat16()`) does not change them, nor the bias.
 
-    `weight` is made on demand, for models whose code reads it (Mamba's does): it cannot be trained.
+    `weight` is computed on demand, for models whose code reads it (Mamba's does): it cannot be
+    trained.
 
     Raises TypeError if `quantized` is not a QuantizedTensor, ValueError for shapes that do not fit.
     """
@@ -44,9 +45,9 @@ class QuantizedLinear(KeepsDtypes):
     def __init__(self, quantized: QuantizedTensor, bias: torch.Tensor | None = None):
         super().__init__()
         if not isinstance(quantized, QuantizedTensor):
-            raise TypeError(f"needs a QuantizedTensor, not a {type(quantized).__name__}")
+            raise TypeError(f"quantized must be a QuantizedTensor, not {type(quantized).__name__}")
         if len(quantized.shape) != 2:
-            raise ValueError(f"needs a quantized matrix, not shape {tuple(quantized.shape)}")
+            raise ValueError(f"quantized must be a matrix, not of shape {tuple(quantized.shape)}")
         self.out_features, self.in_features = quantized.shape
         if bias is not None and bias.shape != (self.out_features,):
             raise ValueError(
@@ -64,7 +65,7 @@ class QuantizedLinear(KeepsDtypes):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The approximate weight, float32 (out_features, in_features), dequantized anew."""
+        """The approximate weight, float32 (out_features, in_features), dequantized each time."""
         return self.quantized.dequantize()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A model's quantized layers in one safetensors file, bit for bit, and back."""
+"""Saves a model's quantized layers in one safetensors file, bit for bit, and loads them."""
 
 import json
 from pathlib import Path
@@ -11,15 +11,15 @@ from chapter13.tensors import QuantizedTensor
 from chapter13.whole_model.layers import linear_layers, replace_layers, weight_of
 from chapter13.whole_model.linear import QuantizedLinear, quantized_layers
 
-_KEY = "chapter13"  # of our description, in the header of a safetensors file
+_KEY = "chapter13"  # the key of our description in the header of a safetensors file
 
 
 def save_quantized(model: nn.Module, path: Path | str) -> None:
     """Writes a model with QuantizedLinear layers into one safetensors file, bit for bit.
 
-    The file appears at once or not at all. Weights that two names share are stored once. What the
-    codes mean (method, bits, shape, group size) is in the header as JSON. Raises ValueError if no
-    layer is quantized.
+    The file is written atomically. Weights that two names share are stored once. The header says in
+    JSON what the codes mean (method, bits, shape, group size). Raises ValueError if no layer is
+    quantized.
     """
     from safetensors.torch import save_file
 
@@ -33,7 +33,7 @@ def save_quantized(model: nn.Module, path: Path | str) -> None:
             seen.add(memory)
             tensors[name] = tensor.contiguous()
     with replacing(path) as part:
-        # one entry alone: safetensors writes several in an order that changes from run to run
+        # a single entry: safetensors writes several in an order that changes from run to run
         save_file(tensors, part, metadata={_KEY: json.dumps(plans)})
 
 
@@ -41,15 +41,17 @@ def load_quantized(model: nn.Module, path: Path | str) -> nn.Module:
     """Gives a model the weights of a file that `save_quantized` wrote; returns the model.
 
     `model`: of the same architecture, its linear layers still unquantized; a model on the meta
-    device (`models.skeleton`) gets tensors mapped from the file. All is compared before anything is
-    changed. Raises ValueError if save_quantized did not write the file, or it belongs to another
-    model: which layer, and what differs.
+    device (`models.skeleton`) gets tensors mapped from the file. Everything is checked before
+    anything is changed. Raises ValueError if save_quantized did not write the file, or if it
+    belongs to another model: which layer, and what differs.
     """
     plans, tensors = _read(path)
     layers = linear_layers(model)
     if set(plans) != set(layers):
         odd = sorted(set(plans) ^ set(layers))
-        raise ValueError(f"{path} is of another model: {len(odd)} layers differ, first {odd[0]}")
+        raise ValueError(
+            f"{path} belongs to another model: {len(odd)} layers differ, first {odd[0]}"
+        )
     new = {}
     for name, layer in layers.items():
         own = {key[len(name) + 1 :]: t for key, t in tensors.items() if key.startswith(f"{name}.")}
@@ -60,7 +62,7 @@ def load_quantized(model: nn.Module, path: Path | str) -> nn.Module:
             raise ValueError(f"{path}: {name} is damaged: {error}") from error
         if weight_of(layer).shape != quantized.shape:
             shape = list(weight_of(layer).shape)
-            raise ValueError(f"{name} has shape {shape}, in {path} {list(quantized.shape)}")
+            raise ValueError(f"{name} has shape {shape}, but {list(quantized.shape)} in {path}")
     rest = {key: t for key, t in tensors.items() if key.rpartition(".")[0] not in layers}
     _check_rest(model, layers, rest, path)
     device = next(model.parameters()).device
@@ -74,7 +76,7 @@ def load_quantized(model: nn.Module, path: Path | str) -> nn.Module:
 
 
 def _read(path: Path | str) -> tuple[dict, dict[str, torch.Tensor]]:
-    """(the description of each layer, all tensors by name, mapped) of a file of ours."""
+    """(the description of each layer, all tensors by name, mapped) of a saved file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -89,11 +91,13 @@ def _read(path: Path | str) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def _check_rest(model, layers, rest, path) -> None:
-    """Raises ValueError unless `rest` has what of the model is not quantized, and nothing else."""
+    """Raises ValueError unless `rest` has exactly the tensors that are not quantized."""
     state = model.state_dict(keep_vars=True)  # weights with two names are one object
     for key, tensor in rest.items():
         if key not in state or state[key].shape != tensor.shape:
-            raise ValueError(f"{path} holds {key} {list(tensor.shape)}, which does not fit here")
+            raise ValueError(
+                f"{path} holds {key} {list(tensor.shape)}, which does not fit this model"
+            )
     given = {id(state[key]) for key in rest}
     missing = [
         key

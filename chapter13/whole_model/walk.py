@@ -1,12 +1,12 @@
-"""A causal language model, walked block by block with calibration text.
+"""Sends calibration text through a causal language model, block by block.
 
-GPTQ, AWQ and their like need the inputs of each linear layer. Those of all layers would take many
-times the model's memory, so only the hidden states between two blocks are kept: they go into a
-block, its layers are quantized, and what comes out of the quantized block goes into the next.
-Later layers thus learn from inputs that carry the errors of earlier ones.
+GPTQ and AWQ need the inputs of each linear layer. The inputs of all layers together would take too
+much memory, so only the hidden states between two blocks are kept: they enter a block, its layers
+are quantized, and the outputs of the quantized block enter the next one. Later layers thus learn
+from inputs that contain the errors of earlier ones.
 
-There is no table of architectures. The blocks are the model's longest list of modules that hold
-linear layers, and which layers read the same input shows when a few tokens pass through.
+There is no table of architectures. The blocks are the list of modules with the most linear layers,
+and a few tokens that pass through a block show which of its layers read the same input.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,14 +25,14 @@ _PROBE = 8  # tokens that show which layers read the same input
 
 
 class _StopForward(Exception):
-    """Ends a pass at the place whose tensor was wanted; carries the tensor."""
+    """Ends a forward pass early, where the needed tensor is reached; carries that tensor."""
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The name and the list of a model's blocks.
 
-    Of all `nn.ModuleList`s the one that holds the most linear layers; the outer one, where one lies
-    within another. Raises ValueError where none holds any.
+    This is the `nn.ModuleList` that holds the most linear layers; of nested lists the outer one.
+    Raises ValueError if none holds any.
     """
     wanted = linear_layers(model)
     found, most = None, 0
@@ -43,25 +43,25 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
                 found, most = (name, module), inside
     if found is None:
         raise ValueError(
-            f"{type(model).__name__} has no list of blocks with linear layers to walk through: "
-            "this takes a causal language model of transformers that is not quantized yet"
+            f"{type(model).__name__} has no list of blocks with linear layers: it must be a causal "
+            "language model of transformers that is not quantized yet"
         )
     return found
 
 
 def outside_blocks(model: nn.Module) -> list[str]:
-    """The names of the linear layers, but the head, that no block holds: OPT-350m has two."""
+    """The names of the linear layers outside the blocks, except the head; OPT-350m has two."""
     blocks, _ = find_blocks(model)
     return [name for name in linear_layers(model) if not name.startswith(f"{blocks}.")]
 
 
 class Walk:
-    """Calibration text on its way through the blocks of a model, one block after the other.
+    """Calibration text that passes through the blocks of a model, one block after the other.
 
     `tokens`: int64 (sequences, length), or None for a method that reads no text: then a few tokens
-    are only used to try out blocks. The walk holds the hidden states before the next block:
-    float32, (sequences, length, hidden size) for each batch. The model is in eval mode from then
-    on; only the function that `visit` calls back changes its layers.
+    are used, only to try out blocks. The walk holds the hidden states before the next block:
+    float32, (sequences, length, hidden size) for each batch. The model stays in eval mode; the walk
+    itself does not change its layers.
 
     Raises TypeError or ValueError for tokens of another data type or shape, or beyond the
     vocabulary, and ValueError as `find_blocks`.
@@ -86,8 +86,8 @@ class Walk:
     def groups(self, index: int) -> list[list[str]]:
         """The names of a block's linear layers, in the order in which inputs reach them.
 
-        Layers that read the very same input, such as the projections to queries, keys and values,
-        stand in one list. Raises ValueError where a layer is not reached at all.
+        Layers that read the same input, such as the projections to queries, keys and values, are in
+        one list. Raises ValueError if a layer is not reached at all.
         """
         block = self.blocks[index]
         layers = linear_layers(block)
@@ -95,7 +95,7 @@ class Walk:
 
         def see(name, args, kwargs):
             x = args[0]
-            for tensor, names in seen:  # all are kept: a freed one's memory would serve another
+            for tensor, names in seen:  # all are kept: the memory of a freed one could be reused
                 if tensor is x:
                     names.append(name)
                     return
@@ -108,24 +108,24 @@ class Walk:
             raise ValueError(
                 f"{self.name}.{index}: no text reaches {len(missing)} of its linear layers, "
                 f"first {min(missing)}, so they cannot be calibrated: use a method that only "
-                "rounds, affine or nf4"
+                "rounds, such as affine or nf4"
             )
         return [names for _, names in seen]
 
     def visit(self, index: int, change: Callable[[list[str], Iterator[torch.Tensor]], None]):
-        """Sends the hidden states through a block, and lets `change` quantize it on the way.
+        """Sends the hidden states through a block, and lets `change` quantize its layers.
 
         Before a group of layers (see `groups`) computes, `change(names, inputs)` is called.
-        `inputs` yields what reaches them, (tokens, in_features), batch by batch. The layers that
-        it changes then compute with their new weights, so the next group's inputs are those of a
-        block that is quantized so far.
+        `inputs` yields the inputs of these layers, (tokens, in_features), batch by batch. The
+        layers that it changes compute with their new weights, so the inputs of the next group come
+        from layers that are already quantized.
 
-        Text that fits into one batch passes once.
+        Text that fits into one batch passes through the block once.
         """
-        # The first batch waits inside a hook at each group while the others run up to there from
-        # the block's beginning. Running all of them for each group would be plainer, and would
+        # The first batch waits inside a hook at each group while the others run from the block's
+        # beginning up to that group. Running all of them for each group would be simpler, but would
         # send a single batch through most of the block several times.
-        fetching = None  # the layer whose input another batch is under way to fetch
+        fetching = None  # the layer whose input another batch is now fetching
 
         def fetch(batch, layer):
             nonlocal fetching
@@ -136,7 +136,7 @@ class Walk:
                 return reached.args[0]
             finally:
                 fetching = None
-            raise RuntimeError(f"batch {batch} takes another way through the block than the first")
+            raise RuntimeError(f"batch {batch} takes another path through the block than the first")
 
         def reach(names, layer, x):
             x = x.reshape(-1, x.shape[-1])
@@ -168,14 +168,14 @@ class Walk:
         return seen
 
     def inputs(self, index: int) -> dict[str, torch.Tensor]:
-        """What reaches each linear layer of a block: name -> (tokens, in_features)."""
+        """The inputs of each linear layer of a block: name -> (tokens, in_features)."""
         groups = self.groups(index)
         seen = self.calls(index, [names[0] for names in groups])
         joined = {first: tokens_of(calls) for first, calls in seen.items()}
         return {name: joined[names[0]] for names in groups for name in names}
 
     def try_out(self, index: int) -> None:
-        """Lets a block compute a few tokens as it is now.
+        """Runs a few tokens through a block in its present form.
 
         Raises ValueError if it fails, or gives NaN or Inf: which block, and why.
         """
@@ -194,7 +194,7 @@ class Walk:
         self.hidden = [self.through(index, batch) for batch in range(len(self.hidden))]
 
     def through(self, index: int, batch: int) -> torch.Tensor:
-        """What comes out of a block for one batch of the hidden states: of the same shape."""
+        """The output of a block for one batch of the hidden states, in the same shape."""
         return self._run(index, self.hidden[batch], self._calls[batch])
 
     @torch.no_grad()
@@ -206,10 +206,10 @@ class Walk:
 
     @torch.no_grad()
     def _enter(self, tokens):
-        """(hidden states before the first block, how each block is called) for these tokens.
+        """(hidden states before the first block, other arguments of each block) for these tokens.
 
-        The model runs, but its blocks only note what they are called with besides hidden states
-        (masks, positions) and hand these on. After the last block the run ends.
+        The model runs, but its blocks only record their arguments besides the hidden states (masks,
+        positions) and return the hidden states unchanged. The run ends at the last block.
         """
         calls, entered, passed_on = [], [], []
 
@@ -218,9 +218,12 @@ class Walk:
             entered.append(hidden)
             given = [*args, *kwargs.values()]
             if any(value is other for value in given for other in passed_on):
-                raise ValueError(f"{kind}: its blocks hand on more than their hidden states")
+                raise ValueError(
+                    f"{kind}: its blocks pass on more than their hidden states, which is not "
+                    "supported"
+                )
             calls.append(_as_float32((tuple(args), kwargs)))
-            if type(block) not in self._extras:  # what such blocks return: the first one shows it
+            if type(block) not in self._extras:  # the first block shows what such blocks return
                 with _float32(block):
                     out = type(block).forward(block, hidden.float(), *args, **kwargs)
                 self._extras[type(block)] = out[1:] if isinstance(out, tuple) else None
@@ -241,25 +244,25 @@ class Walk:
             raise
         except Exception as error:
             raise ValueError(
-                f"{kind} cannot be walked through block by block, at block {len(calls)}: "
+                f"{kind} cannot be run block by block; it failed at block {len(calls)}: "
                 f"{type(error).__name__}: {error}"
             ) from error
         finally:
             for block in self.blocks:
                 del block.forward
         raise ValueError(
-            f"the text passes through {len(calls)} of the {len(self.blocks)} blocks in {self.name}"
+            f"the text only reaches {len(calls)} of the {len(self.blocks)} blocks in {self.name}"
         )
 
 
 def tokens_of(calls: list[tuple[tuple, dict]]) -> torch.Tensor:
-    """What reached a linear layer in some calls of it: (tokens, in_features)."""
+    """The inputs of a linear layer in some of its calls: (tokens, in_features)."""
     return torch.cat([args[0].reshape(-1, args[0].shape[-1]) for args, _ in calls])
 
 
 @contextmanager
 def _float32(block):
-    """Lets a block compute in float32: parameters in fewer bits are copies while it lasts."""
+    """Inside the `with` block, 16-bit parameters of a block are replaced by float32 copies."""
     narrow = [p for p in block.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
     originals = [parameter.data for parameter in narrow]
     try:
@@ -272,7 +275,7 @@ def _float32(block):
 
 
 def _as_float32(value):
-    """Tensors in fewer bits, wherever they stand in tuples and dicts, as float32."""
+    """16-bit tensors as float32, also inside tuples, lists and dicts."""
     if isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16):
         return value.float()
     if isinstance(value, dict):
