@@ -252,9 +252,9 @@ def error_sources(levels, x, scale):
             xlim=(0, 1),
             ylim=(0, 1.3 * top),
             xlabel="|weight| / absmax of its block",
-            ylabel="squared error of weights\nup to this size",
+            ylabel="squared error up to this size\n(% of all weights squared)",
         )
-        ax.yaxis.set_major_formatter(PercentFormatter(1))
+        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
         ax.legend(loc="upper left", ncols=3)
         told = "; ".join(
             f"{METHOD_LOOK[name].label} {curve[50]:.2g} up to 0.5 and {curve[-1]:.2g} in all"
