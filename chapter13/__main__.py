@@ -1,14 +1,15 @@
-"""The command line: quantize a model of your own, block by block, and measure what it lost.
+"""The command line: quantize your own model, block by block, and measure what it lost.
 
     python -m chapter13 quantize MODEL OUT --method gptq
     python -m chapter13 evaluate OUT --reference MODEL
 
-Integer grids go out as a GPTQ checkpoint, which other programs load too; NF4 and FP4, for which
-there is no such format, as a safetensors file of our own beside config and tokenizer.
+Integer grids are written as a GPTQ checkpoint, which other programs load too. NF4 and FP4 do not
+fit that format; they are written as a safetensors file in the course's own format, with config and
+tokenizer beside it.
 
-The weights stay in their mapped files, as they are: in memory there is about one block in float32
-at a time. What is finished is in OUT.unfinished (in OUT/.unfinished if OUT is an empty folder
-already), from which an interrupted run continues; OUT is a model when all is done.
+The weights stay unchanged in their mapped files; about one block at a time is in memory, in
+float32. Finished blocks are in OUT.unfinished (in OUT/.unfinished if OUT is already an empty
+folder), from which an interrupted run resumes. OUT becomes a model only at the end.
 """
 
 import argparse
@@ -47,7 +48,7 @@ OPTIONS = {  # which option belongs to which methods
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, 1 for an error, 130 where it was interrupted."""
+    """Runs a command; returns its exit code: 0, 1 for an error, 130 if it was interrupted."""
     parser = _parser()
     args = parser.parse_args(arguments)
     if args.run is quantize_command:
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         expected = isinstance(error, (ValueError, OSError, ImportError, SafetensorError))
         if not expected and "No space left" not in str(error):  # tokenizers raise bare Exceptions
             raise
-        _say(f"error: {' '.join(str(error).split())}")  # some of transformers' are paragraphs
+        _say(f"error: {' '.join(str(error).split())}")  # some of transformers' have many lines
         return 1
     except KeyboardInterrupt:
         _say("Interrupted.")
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def quantize_command(args: argparse.Namespace) -> None:
-    """Writes the quantized model to `args.out`, or raises and leaves what is finished beside it."""
+    """Writes the quantized model to `args.out`, or raises and keeps the finished blocks."""
     _check_out(args)
     text = args.calibration_file and corpus.read_text(args.calibration_file)
     with _unfinished(args.out) as folder:
@@ -88,11 +89,11 @@ def quantize_command(args: argparse.Namespace) -> None:
         folders.move_in(result, args.out, but=[folder.name])
     size = sum(file.stat().st_size for file in args.out.iterdir() if file.is_file())
     command = shlex.join(["evaluate", str(args.out), "--reference", args.model])
-    _say(f"{args.out}: {size / 1e6:.0f} MB. What it lost: python -m chapter13 {command}")
+    _say(f"{args.out}: {size / 1e6:.0f} MB. To measure the loss: python -m chapter13 {command}")
 
 
 def _quantize(model, tokenizer, text: str | None, args: argparse.Namespace, folder: Path) -> None:
-    """Quantizes a model in place; its blocks are then in files of `folder`."""
+    """Quantizes a model in place; its blocks are then mapped from files in `folder`."""
     options = {
         name: getattr(args, name)
         for name in ("double_quant", "symmetric", "act_order", "damp", "clip_search")
@@ -112,13 +113,13 @@ def _quantize(model, tokenizer, text: str | None, args: argparse.Namespace, fold
 
 
 def evaluate_command(args: argparse.Namespace) -> None:
-    """Prints perplexity and, beside a reference, KL divergence, with 95% intervals.
+    """Prints perplexity and, with a reference, KL divergence, with 95% intervals.
 
-    With `args.recorded` also what the summary table has of the same sequences.
+    With `args.recorded` it also prints the summary table's values for the same sequences.
     """
     recorded = _recorded(args)
     if args.reference:
-        folders.kind(args.reference)  # an error now, not when the model has been read
+        folders.kind(args.reference)  # raises now rather than after the model is read
     model, tokenizer = _open(args.model, args.device)
     tokens = corpus.evaluation_tokens(tokenizer, args.sequences, args.length)
     if recorded and not torch.equal(tokens, _embedded_tokens(args.sequences)):
@@ -147,7 +148,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
 
 
 def _recorded(args: argparse.Namespace) -> summary.Row | None:
-    """The row to compare with; ValueError, before any work, if these sequences are not in it."""
+    """The row to compare with; ValueError, before any work, if it lacks these sequences."""
     if args.recorded is None:
         return None
     sequences, length = corpus.EVALUATION
@@ -175,7 +176,7 @@ _open = folders.open_model
 
 
 def _check_out(args: argparse.Namespace) -> None:
-    """Raises ValueError if OUT is the model that is to be quantized, or named like it."""
+    """Raises ValueError if OUT is the model's own folder, or the name of a model."""
     if all(map(os.path.isdir, (args.out, args.model))) and args.out.samefile(args.model):
         raise ValueError(f"{args.out} is the model's own folder: name another folder")
     if args.out in (Path(args.model), Path(models.EMBEDDED)):
@@ -183,18 +184,18 @@ def _check_out(args: argparse.Namespace) -> None:
 
 
 def _check_model(args: argparse.Namespace) -> torch.nn.Module:
-    """The model without weights; ValueError where the method does not fit it."""
+    """The model without weights; ValueError if the method does not fit it."""
     if folders.kind(args.model) != "plain":
         raise ValueError(f"{args.model} is quantized already: name the model that it came from")
     skeleton = models.skeleton(args.model)
     if outside := outside_blocks(skeleton):
         raise ValueError(
-            f"{args.model} has {len(outside)} linear layers outside its blocks, first "
-            f"{outside[0]}, which this command does not reach"
+            f"{args.model} has {len(outside)} linear layers outside its blocks, which this command "
+            f"cannot quantize; the first is {outside[0]}"
         )
     check_all_reached(skeleton)
     if args.method not in CODE_BOOKS:
-        checkpoint.file_names(skeleton)  # an error now, not when all is quantized
+        checkpoint.file_names(skeleton)  # raises now rather than after the quantization
         check_groups(skeleton, args.group_size)
         for name, layer in linear_layers(skeleton).items():
             check_shape(name, weight_of(layer).shape)
@@ -210,19 +211,19 @@ def _check_room(skeleton: torch.nn.Module, args: argparse.Namespace, folder: Pat
     if args.method in CODE_BOOKS:
         form = "nf4+dq" if args.double_quant else "nf4"
     quantized = sum(sum(linear_bytes(w.shape, form, args.group_size)) for w in layers.values())
-    # AutoGPTQ's format has a copy of tied weights
+    # format "gptq" stores tied weights twice, for AutoGPTQ
     copies = args.method not in CODE_BOOKS and _format(args) == "gptq"
     kept = {
         name if copies else id(tensor): tensor.numel()
         for name, tensor in skeleton.state_dict(keep_vars=True).items()
         if name.rpartition(".")[0] not in layers
     }
-    # without a data type in config.json it is the files' own, two bytes at least
+    # if config.json has no data type, that of the files counts: at least two bytes
     width = getattr(skeleton.config.get_text_config().dtype, "itemsize", 2)
     finished = sum(file.stat().st_size for file in folder.glob("blocks/block-*"))
     needed = max(quantized - finished, 0) + quantized + sum(kept.values()) * width
     disk = shutil.disk_usage(folder)
-    if disk.total and needed > disk.free:  # some network drives do not say
+    if disk.total and needed > disk.free:  # some network drives report 0
         raise OSError(
             f"No space left for {args.out}: finished blocks and result need about "
             f"{needed / 1e6:.1f} MB, {disk.free / 1e6:.1f} MB are free there"
@@ -232,7 +233,9 @@ def _check_room(skeleton: torch.nn.Module, args: argparse.Namespace, folder: Pat
 def _check_length(config, length: int) -> None:
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit and length > limit:
-        raise ValueError(f"sequences of {length} tokens: this model takes {limit} at most")
+        raise ValueError(
+            f"sequences of {length} tokens are too long: this model takes {limit} at most"
+        )
 
 
 def _check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -241,26 +244,26 @@ def _check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     for name, methods in OPTIONS.items():
         if getattr(args, name) is not None and method not in methods:
             option = "--no-act-order" if name == "act_order" else f"--{name.replace('_', '-')}"
-            parser.error(f"{option} belongs to {', '.join(methods)}, not to {method}")
+            parser.error(f"{option} is an option of {', '.join(methods)}, not of {method}")
     if method in CODE_BOOKS:
         if bits != 4:
             parser.error(f"{method} is a table of 16 values: it takes --bits 4, not {bits}")
         if not isinstance(args.group_size, int):
-            parser.error(f"{method} takes blocks of so many weights: give --group-size a number")
+            parser.error(f"{method} has blocks, not channels: --group-size must be a number")
     elif bits not in BITS:
         held = ", ".join(map(str, BITS))
-        parser.error(f"--bits must be one of {held}, which the GPTQ format holds, not {bits}")
+        parser.error(f"--bits must be one of {held}, as the GPTQ format requires, not {bits}")
 
 
 def _format(args: argparse.Namespace) -> str:
-    """The one asked for, or the one that the programs of today read for this grid."""
+    """The requested format, or the one that GPTQModel and transformers read for this grid."""
     symmetric = args.method == "absmax" or args.symmetric
     return args.format or ("gptq" if symmetric else "gptq_v2")
 
 
 @contextmanager
 def _unfinished(out: Path):
-    """The folder beside or in OUT that keeps what is finished; it is removed when all is done."""
+    """The folder beside or in OUT that keeps finished work; it is removed at the end."""
     from filelock import FileLock, Timeout
 
     folder = folders.run_folder(out)
@@ -268,7 +271,7 @@ def _unfinished(out: Path):
     try:
         with FileLock(folder / ".lock", timeout=0):
             folders.clear_half_moved(folder, out)
-            # what a killed run left half written
+            # files that a killed run left incomplete
             for leftover in (*folder.glob("*result*"), *folder.glob("blocks/.*.part")):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             try:
@@ -278,7 +281,7 @@ def _unfinished(out: Path):
                     shutil.rmtree(folder, ignore_errors=True)
                     folders.remove_empty(new)
                 elif not isinstance(error, ValueError):
-                    _say(f"{folder} keeps the finished blocks: the same command goes on from there")
+                    _say(f"{folder} keeps the finished blocks: the same command resumes from them")
                 raise
     except Timeout:
         raise ValueError(f"another run is writing to {folder}") from None
@@ -291,15 +294,15 @@ def _say(text: str) -> None:
 
 def _out(text: str) -> Path:
     if not text:
-        raise argparse.ArgumentTypeError("a folder is needed, not an empty name")
+        raise argparse.ArgumentTypeError("the name of a folder is needed, and this one is empty")
     try:
         text.encode()
-    except UnicodeEncodeError:  # a name in another encoding, as the system handed it over
+    except UnicodeEncodeError:  # the system gave a name in another encoding
         raise argparse.ArgumentTypeError(
-            f"{ascii(text)} is not UTF-8, which the files' names must be: name another folder"
+            f"{ascii(text)} is not UTF-8, but names of files must be: name another folder"
         ) from None
     path = Path(text)
-    # a folder on the way to ".." need not exist
+    # a folder before ".." need not exist
     return Path(os.path.realpath(path)) if ".." in path.parts else path
 
 
@@ -308,13 +311,15 @@ def _size(text: str) -> int | str:
         return text
     if not text.isdecimal() or int(text) < 1:
         other = ", which is -1 in other programs" if text == "-1" else ""
-        raise argparse.ArgumentTypeError(f'a positive number or "channel"{other}, not {text!r}')
+        raise argparse.ArgumentTypeError(
+            f'it must be a positive number or "channel"{other}, not {text!r}'
+        )
     return int(text)
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a positive number, not {text!r}")
+        raise argparse.ArgumentTypeError(f"it must be a positive number, not {text!r}")
     return int(text)
 
 
@@ -331,28 +336,28 @@ def _damp(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"a number of 0 or more, not {text!r}")
+        raise argparse.ArgumentTypeError(f"it must be a number of 0 or more, not {text!r}")
     return value
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m chapter13",
-        description="Quantize a causal language model of your own, and measure what it lost. "
-        "MODEL is smollm2-135m (the course's embedded model), the id of a model on the Hugging "
-        "Face hub, or a folder that holds one.",
+        description="Quantize your own causal language model and measure what it lost. MODEL is "
+        "smollm2-135m (the course's embedded model), the id of a model on the Hugging Face hub, or "
+        "the folder of a model.",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     quantize = commands.add_parser(
         "quantize",
         help="write a quantized model, block by block",
-        description="Quantize the linear layers of a model and write it to the folder OUT. absmax, "
-        "affine, gptq and awq give a checkpoint in the GPTQ format, nf4 and fp4 a file of our own. "
-        "An interrupted run goes on when the same command is given again.",
+        description="Quantize the linear layers of a model and write the model to the folder OUT. "
+        "absmax, affine, gptq and awq write a checkpoint in the GPTQ format, nf4 and fp4 a file in "
+        "the course's own format. To resume an interrupted run, give the same command again.",
     )
     quantize.set_defaults(run=quantize_command)
     quantize.add_argument("model", metavar="MODEL", help="name, hub id or folder")
-    quantize.add_argument("out", metavar="OUT", type=_out, help="a folder, new or empty")
+    quantize.add_argument("out", metavar="OUT", type=_out, help="a new or empty folder")
     add = quantize.add_argument
     add("--method", required=True, choices=(*LEARNED, *ROUNDING))
     add("--bits", type=_positive, default=4, help="2, 3, 4 or 8 (default: 4)")
@@ -361,66 +366,67 @@ def _parser() -> argparse.ArgumentParser:
         type=_size,
         default=64,
         metavar="N",
-        help='weights that share a scale, or "channel": one scale a row (default: 64)',
+        help='number of weights that share a scale, or "channel" for one scale per row '
+        "(default: 64)",
     )
     add(
         "--format",
         choices=FORMATS,
-        help="of the GPTQ checkpoint; the default is what "
-        "GPTQModel and transformers read: gptq for symmetric grids, gptq_v2 for others. AutoGPTQ "
-        "reads gptq alone",
+        help="format of the GPTQ checkpoint (default: gptq for symmetric grids, gptq_v2 for "
+        "others, which GPTQModel and transformers read). AutoGPTQ reads only gptq",
     )
     add("--device", type=_device, help=DEVICE)
-    learning = quantize.add_argument_group("methods that learn from text")
+    learning = quantize.add_argument_group("options of gptq and awq, which learn from text")
     add = learning.add_argument
-    add("--calibration-sequences", type=_positive, metavar="N", help="default: 16")
-    add("--calibration-length", type=_positive, metavar="N", help="tokens of each (default: 256)")
+    add("--calibration-sequences", type=_positive, metavar="N", help="how many (default: 16)")
+    add("--calibration-length", type=_positive, metavar="N", help="tokens in each (default: 256)")
     add(
         "--calibration-file",
         type=Path,
         metavar="TEXT",
-        help="your own text, UTF-8 (default: the course's news)",
+        help="your own text in UTF-8 (default: the course's news)",
     )
     own = quantize.add_argument_group("options of single methods")
     add = own.add_argument
-    add("--symmetric", action="store_true", default=None, help="gptq: zero point in the middle")
+    add("--symmetric", action="store_true", default=None, help="gptq: use a symmetric grid")
     add(
         "--no-act-order",
         dest="act_order",
         action="store_false",
         default=None,
-        help="gptq: columns from left to right, not the largest inputs first",
+        help="gptq: round columns from left to right, not those with the largest inputs first",
     )
     add(
         "--damp",
         type=_damp,
         metavar="X",
-        help="gptq: added to the Hessian's diagonal, as a share of its mean (default: 0.01)",
+        help="gptq: added to the Hessian's diagonal, as a fraction of its mean (default: 0.01)",
     )
-    add("--clip-search", action="store_true", default=None, help="gptq: try narrower ranges too")
+    add("--clip-search", action="store_true", default=None, help="gptq: also try narrower ranges")
     add(
         "--double-quant",
         action="store_true",
         default=None,
-        help="nf4, fp4: quantize the scales as well",
+        help="nf4, fp4: quantize the scales too",
     )
 
     measure = commands.add_parser(
         "evaluate",
         help="measure a model, quantized or not",
-        description="Perplexity on encyclopedia text and, with a reference, KL divergence, each "
-        "with its 95%% interval. MODEL may also be what `quantize` wrote, or a GPTQ checkpoint.",
+        description="Print perplexity on encyclopedia text and, with a reference, KL divergence, "
+        "each with its 95%% interval. MODEL may also be a folder that `quantize` wrote, or another "
+        "GPTQ checkpoint.",
     )
     measure.set_defaults(run=evaluate_command)
     add = measure.add_argument
     add("model", metavar="MODEL", help="name, hub id or folder")
     add("--reference", metavar="MODEL", help="the model before it was quantized")
-    add("--sequences", type=_positive, default=8, metavar="N", help="default: 8")
-    add("--length", type=_positive, default=512, metavar="N", help="tokens of each (default: 512)")
+    add("--sequences", type=_positive, default=8, metavar="N", help="how many (default: 8)")
+    add("--length", type=_positive, default=512, metavar="N", help="tokens in each (default: 512)")
     add(
         "--recorded",
         metavar="ROW",
-        help="also print this row of the summary table, on the same sequences",
+        help="also print this row of the summary table, for the same sequences",
     )
     add("--device", type=_device, help=DEVICE)
     return parser

@@ -1,8 +1,8 @@
-"""GPTQ's checkpoint format, out and in: what AutoGPTQ, GPTQModel, transformers and vLLM load.
+"""Writes and reads checkpoints in GPTQ's format, which other programs read and write too.
 
-A folder with safetensors, the model's `config.json` and in it a `quantization_config`. How a
-weight's codes are stored in 32-bit words is in `gptq_words.py`; here is what makes and reads the
-folder around them.
+A checkpoint is a folder with safetensors files and the model's `config.json`, which contains a
+`quantization_config`. `gptq_words.py` stores the codes of one weight in 32-bit words; this file
+writes and reads the folder around them. `save_gptq` says which program reads which checkpoint.
 """
 
 import json
@@ -29,7 +29,7 @@ from chapter13.tensors import check_part
 from chapter13.whole_model.layers import has_tied_head, linear_layers, weight_of
 from chapter13.whole_model.linear import QuantizedLinear, quantized_layers
 
-SHARD = 2**27  # bytes of a file, at most, and of what is in memory of it when it is written
+SHARD = 2**27  # bytes of a file at most, and of its tensors in memory while it is written
 
 
 def save_gptq(
@@ -38,32 +38,30 @@ def save_gptq(
     tokenizer=None,
     checkpoint_format: str = "gptq",
 ) -> None:
-    """Writes a model with QuantizedLinear layers as a GPTQ checkpoint, tokenizer beside it.
+    """Writes a model with QuantizedLinear layers as a GPTQ checkpoint, with its tokenizer.
 
-    `model`: a causal language model of transformers, all its linear layers but the head quantized
-    with "absmax", "affine" or "gptq", at the same bits (2, 3, 4 or 8) and the same group size (an
-    int or "channel"). Scales must be float16 numbers. Absmax becomes the unsigned grid of the
-    symmetric checkpoints, zero point 2**(bits-1): the same weights. All other tensors keep their
-    data type. `desc_act` is false: the inputs stay in their order, also after an act-order over
-    static groups, so no reader has to permute them.
+    `model`: a causal language model of transformers. All its linear layers except the head must be
+    quantized with "absmax", "affine", "gptq" or "awq", with the same bits (2, 3, 4 or 8) and the
+    same group size (an int or "channel"). Scales must be float16 numbers. Absmax becomes the
+    unsigned grid of symmetric checkpoints, with zero point 2**(bits-1) and the same weights. All
+    other tensors keep their data type. `desc_act` is false: the inputs stay in order, also after
+    act-order with static groups, so no reader has to permute them.
 
-    `checkpoint_format`: who reads which was tried with AutoGPTQ 0.7.1 and GPTQModel 7.4.0.
+    `checkpoint_format`, tried with AutoGPTQ 0.7.1 and GPTQModel 7.4.0:
 
-    - "gptq": AutoGPTQ, transformers (which needs GPTQModel and optimum), and GPTQModel if the grid
-      is symmetric. It cannot hold a zero point of 0; a group that has it is moved up by one level,
-      codes and zero point, which changes no weight, where its highest code leaves room (as in a
-      group of zeros).
-    - "gptq_v2": GPTQModel and transformers. AutoGPTQ does not know it and would read wrong weights;
-      it stops instead, as `quantize_config.json` is not written.
+    - "gptq": read by AutoGPTQ, transformers (which needs GPTQModel and optimum), and GPTQModel if
+      the grid is symmetric. It cannot hold a zero point of 0. A group that has one is moved up by
+      one level, codes and zero point, which changes no weight; this needs room above its highest
+      code (as in a group of zeros).
+    - "gptq_v2": read by GPTQModel and transformers. AutoGPTQ does not know it and would read wrong
+      weights; it stops instead, because `quantize_config.json` is not written.
 
-    vLLM was not run. By its source it takes both, with layer sizes that divide into words and
-    groups, which hold here; its fast kernel (Marlin) wants a symmetric grid of 4 or 8 bits and
-    group size 32, 64, 128 or "channel".
+    vLLM was not run. By its source of 2026 it reads GPTQ checkpoints only through its Marlin
+    kernels: a symmetric grid of 4 or 8 bits, with group size 32, 64, 128 or "channel".
 
-    The directory appears whole or not at all. One that save_gptq wrote before is replaced as a
-    whole; FileExistsError for any other that is not empty. Raises TypeError for what is no model
-    of transformers, and ValueError where the format cannot hold the model: which layer, and what to
-    do instead.
+    The directory appears complete or not at all. One that save_gptq wrote before is replaced;
+    FileExistsError for any other that is not empty. Raises TypeError if `model` is not a model of
+    transformers, and ValueError if the format cannot hold it: which layer, and what to do instead.
     """
     from transformers import PreTrainedModel
 
@@ -72,7 +70,7 @@ def save_gptq(
             f'checkpoint_format must be "gptq" or "gptq_v2", not {checkpoint_format!r}'
         )
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"needs a model of transformers, not a {type(model).__name__}")
+        raise TypeError(f"model must be a model of transformers, not a {type(model).__name__}")
     directory = Path(directory)
     _check_place(directory)
     layers = quantized_layers(model)
@@ -99,11 +97,11 @@ def save_gptq(
 
 
 def file_names(model: nn.Module) -> dict[str, str]:
-    """Modules that have another name in the model's own files: name in the model -> in the file.
+    """Modules with another name in the model's own files: name in the model -> in the file.
 
     transformers renames some modules when it loads a model (GPT-NeoX' `embed_out` to `lm_head`);
-    other programs look for the names of the file. Raises ValueError if it regroups weights as well:
-    such a checkpoint cannot be written.
+    other programs expect the names of the file. Raises ValueError if transformers also regroups
+    weights: such a checkpoint cannot be written.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -128,11 +126,11 @@ def file_names(model: nn.Module) -> dict[str, str]:
 def _stored_tensors(
     model: nn.Module, layers: dict[str, QuantizedLinear], checkpoint_format: str
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors of a checkpoint in the model's order, each made when its turn comes."""
+    """Names and tensors of a checkpoint in the model's order, each made when it is needed."""
     done, seen = set(), set()
     for key, tensor in model.state_dict().items():
         memory = tensor.device, tensor.data_ptr(), tensor.shape
-        tied = memory in seen and tensor.numel()  # given already, under its first name
+        tied = memory in seen and tensor.numel()  # already yielded, under its first name
         seen.add(memory)
         owner = key.rpartition(".")[0]
         if owner in layers and owner not in done:
@@ -150,23 +148,23 @@ def _stored_tensors(
         elif not tied:
             yield key, tensor
         elif checkpoint_format == "gptq":
-            # AutoGPTQ's loader ties what it did not find to memory that nothing was read into
+            # AutoGPTQ's loader would tie a missing tensor to memory that was never filled
             yield key, tensor.clone()
 
 
 def _renamed(
     tensors: Iterable[tuple[str, torch.Tensor]], owners: dict[str, str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors, with other names for the modules that own them."""
+    """The tensors, with the names of their modules replaced."""
     for key, tensor in tensors:
         owner, _, part = key.rpartition(".")
         yield (f"{owners[owner]}.{part}" if owner in owners else key), tensor
 
 
 def _write_tensors(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-    """Writes safetensors files of SHARD bytes at most (or one tensor), and an index of several.
+    """Writes safetensors files of at most SHARD bytes (or one tensor), and an index for several.
 
-    The tensors of one file are in memory at a time.
+    Only the tensors of one file are in memory at a time.
     """
     from safetensors.torch import save_file
 
@@ -198,19 +196,19 @@ def _write_tensors(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]]) ->
 
 
 def load_gptq(directory: Path | str, model: nn.Module | None = None) -> nn.Module:
-    """A model with QuantizedLinear layers (affine) from a GPTQ checkpoint, whoever wrote it.
+    """A model with QuantizedLinear layers (affine) from a GPTQ checkpoint of any program.
 
-    `directory`: holds `config.json` and safetensors, in format "gptq" or "gptq_v2", symmetric or
-    not, 2, 3, 4 or 8 bits. `model`: None builds it from `config.json`, on the CPU, in float32 (what
-    is not quantized is cast), ready to evaluate, without a network or foreign code; or a model of
-    that architecture, still unquantized, whose weights are replaced in place. Returns the model.
+    `directory`: holds `config.json` and safetensors files, in format "gptq" or "gptq_v2", symmetric
+    or not, 2, 3, 4 or 8 bits. `model`: None builds it from `config.json`, on the CPU, in float32
+    (unquantized tensors are cast), ready to evaluate, without a network or foreign code; or a model
+    of that architecture, still unquantized, whose weights are replaced in place. Returns the model.
 
-    All is checked before a given model is changed. Raises FileNotFoundError where there is no such
-    directory or file, and ValueError, naming file or tensor, for what is damaged or missing or does
-    not fit; for pickled weights (`.bin`, `.pt`), which may hold a program; for settings that these
-    layers cannot express (a `g_idx` out of order, other bits or groups for some of the layers); and
-    for a zero point of 0 in format "gptq", which its readers do not agree about, unless GPTQModel
-    wrote it: its encoding of 0 can be recognised.
+    Everything is checked before a given model is changed. Raises FileNotFoundError if the directory
+    or a file does not exist, and ValueError, naming file or tensor, for parts that are damaged or
+    missing or do not fit; for pickled weights (`.bin`, `.pt`), which may hold a program; for
+    settings that QuantizedLinear does not support (a `g_idx` out of order, other bits or groups for
+    some of the layers); and for a zero point of 0 in format "gptq", which programs read
+    differently, unless GPTQModel wrote it: its encoding of 0 can be recognized.
     """
     directory = Path(directory)
     settings = _read_settings(directory)
@@ -229,7 +227,7 @@ def load_gptq(directory: Path | str, model: nn.Module | None = None) -> nn.Modul
 
 
 def _settings(model: nn.Module, layers: dict[str, QuantizedLinear]) -> dict:
-    """The quantization_config of a model that the format can hold; else ValueError."""
+    """The quantization_config of a model; ValueError if the format cannot hold the model."""
     if not layers:
         raise ValueError(f"{type(model).__name__} has no quantized layer: quantize_model first")
     if left := list(linear_layers(model)):
@@ -241,20 +239,20 @@ def _settings(model: nn.Module, layers: dict[str, QuantizedLinear]) -> dict:
         weight = layer.quantized
         if weight.kind not in ("absmax", "affine"):
             raise ValueError(
-                f"{name} is quantized with a code book (NF4 or FP4), but the format holds evenly "
-                'spaced levels: use "absmax", "affine" or "gptq"'
+                f"{name} is quantized with a code book (NF4 or FP4), but the format only holds "
+                'evenly spaced levels: use "absmax", "affine", "gptq" or "awq"'
             )
         if weight.bits not in BITS:
             raise ValueError(f"{name} has {weight.bits} bits; the format holds 2, 3, 4 or 8")
         if weight.group_size is None:
             raise ValueError(
-                f"{name} has one scale for the whole tensor; the format holds one per row at "
-                'least: use group_size="channel"'
+                f"{name} has one scale for the whole tensor; the format needs at least one per "
+                'row: use group_size="channel"'
             )
         if (weight.bits, weight.group_size) != (bits, group_size):
             raise ValueError(
                 f"{name} has {weight.bits} bits and group size {weight.group_size!r}, "
-                f"other layers {bits} and {group_size!r}: the format holds one setting for all"
+                f"other layers {bits} and {group_size!r}: the format has one setting for all"
             )
         check_shape(name, weight.shape)
         if weight.kind == "affine":
@@ -289,7 +287,7 @@ def _model_config(model: nn.Module, settings: dict) -> dict:
 
 
 def _check_place(directory: Path) -> None:
-    """Raises FileExistsError where something lies that save_gptq did not write."""
+    """Raises FileExistsError if the directory has content that save_gptq did not write."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
     try:
@@ -300,8 +298,8 @@ def _check_place(directory: Path) -> None:
         ours = False
     if not ours:
         raise FileExistsError(
-            f"{directory} exists and is not a checkpoint that save_gptq wrote, and it replaces "
-            "nothing else: choose another name, or remove it yourself"
+            f"{directory} exists, and save_gptq replaces only checkpoints that it wrote itself: "
+            "choose another name, or remove it yourself"
         )
 
 
@@ -317,14 +315,14 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def _read_settings(directory: Path) -> dict:
-    """The quantization_config, checked; AutoGPTQ also keeps it in a file of its own."""
+    """The checked quantization_config; AutoGPTQ also writes it to a separate file."""
     path = directory / "config.json"
     settings = read_json(path).get("quantization_config")
     if settings is None and (directory / "quantize_config.json").is_file():
         path = directory / "quantize_config.json"
         settings = read_json(path)
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} has no quantization_config: not a quantized checkpoint")
+        raise ValueError(f"{path} has no quantization_config: it is not a quantized checkpoint")
 
     settings = {"quant_method": "gptq", "checkpoint_format": settings.get("format")} | settings
     if settings["checkpoint_format"] is None:
@@ -344,7 +342,7 @@ def _read_settings(directory: Path) -> dict:
         raise ValueError(f"{path}: group_size is {size!r}, neither -1 nor a positive int")
     for key in ("dynamic", "rotation"):  # of GPTQModel
         if settings.get(key):
-            raise ValueError(f"{path}: {key!r} is set, which QuantizedLinear cannot express")
+            raise ValueError(f"{path}: {key!r} is set, which QuantizedLinear does not support")
     return settings
 
 
@@ -376,7 +374,7 @@ def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
     if missing := sorted(set(named) - set(tensors)):
-        raise ValueError(f"{missing[0]} stands in {indices[0].name} but in no file")
+        raise ValueError(f"{missing[0]} is listed in {indices[0].name}, but no file has it")
     return tensors
 
 
@@ -389,8 +387,8 @@ def _read_layers(model, tensors, settings) -> dict[str, QuantizedLinear]:
     names = [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]
     if odd := sorted(set(names) - set(layers)):
         raise ValueError(
-            f"{odd[0]} is quantized in the checkpoint, but no linear layer of this "
-            f"{type(model).__name__} that is still unquantized (its head is left alone)"
+            f"{odd[0]} is quantized in the checkpoint, but this {type(model).__name__} has no "
+            "unquantized linear layer of that name (the head does not count)"
         )
     if not names:
         raise ValueError("the checkpoint has no quantized layer: there is no .qweight")
@@ -413,7 +411,7 @@ def _own(tensors, name):
 
 
 def _read_bias(bias: torch.Tensor | None, layer: nn.Module) -> torch.Tensor | None:
-    """A layer's bias in float32; AutoGPTQ stores zeros where the model has none."""
+    """A layer's bias in float32; AutoGPTQ stores zeros if the model has none."""
     if bias is None:
         if layer.bias is not None:
             raise ValueError("bias is missing")
@@ -427,13 +425,13 @@ def _read_bias(bias: torch.Tensor | None, layer: nn.Module) -> torch.Tensor | No
 
 
 def _read_rest(model, tensors, layers) -> dict[str, torch.Tensor]:
-    """Embeddings, norms and what else is not quantized, in the model's data types."""
+    """Embeddings, norms and all other unquantized tensors, in the model's data types."""
     parts = {"qweight", "qzeros", "scales", "g_idx", "bias"}
     owners = {key: key.rpartition(".")[0] for key in tensors}
     rest = {key: t for key, t in tensors.items() if owners[key] not in layers}
     for key in tensors.keys() - rest.keys():
         if key.rpartition(".")[2] not in parts:
-            raise ValueError(f"{key} has no place in a quantized layer")
+            raise ValueError(f"{key} does not belong in a quantized layer")
     state = model.state_dict(keep_vars=True)
     shared: dict[int, list[str]] = {}  # tied weights: one tensor of the model, several names
     for key, tensor in state.items():
@@ -448,7 +446,9 @@ def _read_rest(model, tensors, layers) -> dict[str, torch.Tensor]:
         for key in given:
             if rest[key].shape != state[key].shape:
                 wanted = list(state[key].shape)
-                raise ValueError(f"{key} has shape {list(rest[key].shape)}, the model {wanted}")
+                raise ValueError(
+                    f"{key} has shape {list(rest[key].shape)}, but {wanted} in the model"
+                )
             if not torch.equal(rest[key], value):
                 raise ValueError(f"{key} and {given[0]} differ, but the model ties them")
         for key in keys:
@@ -456,7 +456,7 @@ def _read_rest(model, tensors, layers) -> dict[str, torch.Tensor]:
             device = "cpu" if old.device.type == "meta" else old.device
             read[key] = value.to(device, old.dtype)
     ignored = [rf"({pattern})" for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    ignored = re.compile("|".join([*ignored, r"rotary_emb\.inv_freq"]))  # of older programs
+    ignored = re.compile("|".join([*ignored, r"rotary_emb\.inv_freq"]))  # by older programs
     if odd := sorted(key for key in rest.keys() - read.keys() if not ignored.search(key)):
-        raise ValueError(f"{odd[0]} has no place in this {type(model).__name__}")
+        raise ValueError(f"{odd[0]} does not belong in this {type(model).__name__}")
     return read

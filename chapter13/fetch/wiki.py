@@ -1,8 +1,8 @@
-"""Wikipedia's markup to plain text: sentences, lists and headings stay, all else goes.
+"""Converts Wikipedia's markup to plain text: sentences, lists and headings.
 
-Tables, references, pictures, categories and most templates are dropped with what they hold; links
-and typefaces leave their words; a line that holds a formula goes as a whole. The parser is
-mwparserfromhell; this file says what to keep.
+Tables, references, pictures, categories and most templates are dropped with their content. Links
+and bold or italic text keep their words. A line with a formula is dropped as a whole. The parser is
+mwparserfromhell; this file decides what to keep.
 """
 
 import bz2
@@ -16,18 +16,18 @@ from mwparserfromhell import nodes
 
 XML = "{http://www.mediawiki.org/xml/export-0.10/}"
 
-# What these tags hold is no prose.
+# The content of these tags is not prose.
 DROPPED_TAGS = {"ref", "references", "table", "gallery", "source", "timeline", "imagemap", "hr"}
 FORMULA_TAGS = {"math", "code", "chem"}
-# Links into these namespaces show a picture or file the page away.
+# Links into these namespaces are pictures and categories.
 DROPPED_LINKS = {"file", "image", "category", "media"}
-# Sections that list where to read on.
+# Sections that list other texts.
 DROPPED_SECTIONS = {
     "references", "notes", "footnotes", "bibliography", "further reading", "external links",
     "see also", "sources", "citations", "notes and references", "references and notes",
     "works cited", "literature", "gallery",
 }  # fmt: skip
-# Templates inside a sentence, and the place of the argument that the reader sees; -1 is the last.
+# Templates inside a sentence, and the index of the argument that the reader sees; -1 is the last.
 TEMPLATE_WORDS = {
     "lang": 1, "transl": -1, "nihongo": 0, "nowrap": 0, "nobr": 0, "small": 0, "smaller": 0,
     "angbr": 0, "quote": 0, "cquote": 0, "vanchor": 0, "sc": 0, "ipa": 0, "val": 0, "nts": 0,
@@ -36,7 +36,7 @@ TEMPLATE_WORDS = {
 TEMPLATE_SIGNS = {"'s": "'s", "nbsp": " ", "spaces": " ", "·": "·", "pipe": "|", "ndash": "–"}
 TEMPLATE_SIGNS |= {"spaced ndash": " – ", "snd": " – ", "mdash": "—", "'": "'", "!": " "}
 
-# Comments, switches, references: taken out first, as authors often nest them wrongly.
+# Comments, switches, references: removed first, because authors often nest them wrongly.
 UNSEEN = re.compile(
     r"<!--.*?-->|__[A-Z]+__|<ref\b[^>]*/>|<ref\b[^>]*>.*?</ref\s*>", re.DOTALL | re.IGNORECASE
 )
@@ -44,11 +44,11 @@ UNSEEN = re.compile(
 UNREADABLE = re.compile(r"\0|\[\[|\]\]|\{\{|\}\}|\{\||\|\}|</?[a-z]+[^<>]*>|^[|!]")
 
 FORMULA = "\0"  # marks a line to drop
-HEADING = "\1"  # marks a heading, once a level
+HEADING = "\1"  # marks a heading, once per level
 
 
 def articles(dump: Path) -> Iterator[dict]:
-    """The articles of a bz2 dump in its order, without redirects and project pages.
+    """The articles of a bz2 dump, in order, without redirects and project pages.
 
     Yields {"title", "page", "revision", "text"}; page and revision are Wikipedia's own numbers.
     """
@@ -77,7 +77,7 @@ def plain(markup: str) -> str:
 
 
 def words(code: mwparserfromhell.wikicode.Wikicode | None) -> str:
-    """What a reader sees of parsed markup, before tidying."""
+    """The visible text of parsed markup, before tidying."""
     return "".join(map(node_words, code.nodes)) if code is not None else ""
 
 
@@ -141,8 +141,8 @@ def template_words(node: nodes.Template) -> str:
 
 
 def tidy(line: str) -> str:
-    """Close the holes that dropped references and templates leave in a line."""
-    line = re.sub(r"'{2,}", "", line)  # typeface marks that the parser found no end for
+    """Close the gaps that dropped references and templates leave in a line."""
+    line = re.sub(r"'{2,}", "", line)  # marks of bold and italics that were never closed
     line = re.sub(r"\s+", " ", line)
     line = re.sub(r"([(\[])[\s,;:]+", r"\1", line)
     line = re.sub(r"[\s,;:]+([)\]])", r"\1", line)

@@ -579,7 +579,7 @@ def test_the_same_command_goes_on_after_an_interruption(llama, end, method, tmp_
     )
     assert ended.returncode == {signal.SIGINT: 130, signal.SIGKILL: -9}[end]
     if end == signal.SIGINT:
-        assert "keeps the finished blocks: the same command goes on" in ended.stderr
+        assert "keeps the finished blocks: the same command resumes" in ended.stderr
         assert ended.stderr.endswith("Interrupted.\n")
         assert "Traceback" not in ended.stderr
     assert not out.exists()
