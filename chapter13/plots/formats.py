@@ -47,7 +47,8 @@ def spacing(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Picture:
     """The gap from a number to the next larger one; curves: format -> (magnitudes, gaps).
 
     Marked are the end of a format that ends before the others, its subnormals (where the gap is
-    the same for numbers that differ by more than a factor of 4), and bf16's gap over fp16's from 1 to 2.
+    the same for numbers that differ by more than a factor of 4), and, between 1 and 2, bf16's gap
+    over fp16's.
     """
     end = max(magnitudes[-1] for magnitudes, _ in curves.values())
     said = [
