@@ -57,6 +57,7 @@ METHOD_LOOK = {
     "nearest": Look("round to nearest", "#56B4E9", "D"),  # affine, beside what learns
     "nf4": Look("NF4", "#009E73", "^"),
     "fp4": Look("bitsandbytes FP4", "#999933", "v"),
+    "e2m1": Look("E2M1", "#999933", "s"),
     "gptq": Look("GPTQ", "#E69F00", "s"),
     "gptq_clip": Look("GPTQ, clip search", "#E69F00", "*"),
     "awq": Look("AWQ", "#CC79A7", "P"),
