@@ -7,15 +7,16 @@ import torch
 from torch import nn
 
 from chapter13.explorers.base import Explorer, lines
-from chapter13.explorers.layers import METHOD_LABELS, GroupSizeSlider, quantize
+from chapter13.explorers.layers import METHOD_LABELS, GroupSizeSlider, group_words, quantize
 from chapter13.plots.text import TextFigure, printable
 from chapter13.whole_model.layers import is_conv1d, linear_layers, weight_of
 
+# In full precision the embedded model continues each of these with a sensible text.
 PROMPTS = (
-    "The capital of France is",
     "Once upon a time, there was a little girl who",
-    "Water boils when",
+    "Photosynthesis is the process by which",
     "The three primary colors are",
+    "The sun rises in the",
 )
 METHODS = ("absmax", "affine", "nf4")
 TOKENS = 40
@@ -39,6 +40,8 @@ class View:
     margin: float
     """The least lead of a chosen token over the second best, in logits: how near a tie came."""
     bits_per_weight: float
+    kl: float | None
+    """To the full-precision model, in nats per token; None where there is no text to measure on."""
     readout: str
     alt: str
 
@@ -64,6 +67,18 @@ def greedy(model: nn.Module, ids: list[int], count: int) -> tuple[list[int], flo
             return new, margin
         step = torch.tensor([[token]], device=device)
         state = model(step, past_key_values=state.past_key_values, use_cache=True)
+
+
+@torch.inference_mode()
+def log_probabilities(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """What the model predicts for all but the first of `tokens` (length,): (length - 1, vocab)."""
+    logits = model(tokens[None].to(model.get_input_embeddings().weight.device)).logits
+    return torch.log_softmax(logits[0, :-1].float(), -1)
+
+
+def divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> float:
+    """KL(p || q) in nats per token, as `evaluate.kl_divergence` of one sequence."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
 
 
 class RoundedModel:
@@ -97,37 +112,53 @@ class RoundedModel:
         self.applied = method, bits, group_size
 
 
-def explore_text(model: nn.Module, tokenizer, prompts=PROMPTS, group_sizes=("channel", 64, 32)):
-    """A panel: prompt, method, bits and group size; beside it what the model writes, greedily.
+def explore_text(
+    model: nn.Module,
+    tokenizer,
+    prompts=PROMPTS,
+    group_sizes=("channel", 64, 32),
+    tokens: torch.Tensor | None = None,
+):
+    """A panel: prompt, method, bits and group size; below it what the model writes, greedily.
 
     `model`: a causal language model in full precision, which the panel changes from then on: give
-    it one of its own. `tokenizer`: its tokenizer. `group_sizes`: to choose from. The first look at
+    it one of its own. `tokenizer`: its tokenizer. `group_sizes`: to choose from. `tokens`: int64
+    (length,), a text on which each setting's KL divergence is measured and shown. The first look at
     a setting takes a few seconds, a second one none.
     """
     encoded = {
         prompt: tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts
     }
     reference = {prompt: greedy(model, encoded[prompt], TOKENS)[0] for prompt in prompts}
+    exact = None if tokens is None else log_probabilities(model, tokens)
     damage = RoundedModel(model)
-    written = {}
+    written, measured = {}, {}
 
     def compute(prompt, method, bits, group_size):
-        key = prompt, method, bits, group_size
-        if key not in written:
-            damage.apply(method, bits, group_size)
-            new, margin = greedy(model, encoded[prompt], TOKENS)
-            written[key] = new, margin, damage.bits_per_weight
-        new, margin, bits_per_weight = written[key]
+        setting = method, bits, group_size
+        if (prompt, *setting) not in written:
+            damage.apply(*setting)
+            written[prompt, *setting] = greedy(model, encoded[prompt], TOKENS)
+            if setting not in measured:
+                kl = None if exact is None else divergence(exact, log_probabilities(model, tokens))
+                measured[setting] = damage.bits_per_weight, kl
         return view(
-            tokenizer, prompt, method, bits, reference[prompt], new, margin, bits_per_weight
+            tokenizer,
+            prompt,
+            setting,
+            reference[prompt],
+            written[prompt, *setting],
+            measured[setting],
         )
 
     controls = {
         "prompt": widgets.Dropdown(options=list(prompts), description="prompt"),
         "method": widgets.Dropdown(
-            options=[(METHOD_LABELS[name], name) for name in METHODS], description="method"
+            options=[(METHOD_LABELS[name], name) for name in METHODS],
+            value="affine",
+            description="method",
         ),
-        "bits": widgets.IntSlider(8, 2, 8, description="bits", continuous_update=False),
+        "bits": widgets.IntSlider(3, 2, 8, description="bits", continuous_update=False),
         "group_size": GroupSizeSlider(
             group_sizes, group_sizes[min(1, len(group_sizes) - 1)], continuous_update=False
         ),
@@ -139,21 +170,28 @@ def explore_text(model: nn.Module, tokenizer, prompts=PROMPTS, group_sizes=("cha
     return Explorer(controls, compute, TextFigure(), busy)
 
 
-def view(tokenizer, prompt, method, bits, reference, new, margin, bits_per_weight) -> View:
-    """What two continuations of a prompt have in common. `reference`, `new`: tokens."""
+def view(tokenizer, prompt, setting, reference, written, measured) -> View:
+    """What two continuations of a prompt have in common.
+
+    setting: (method, bits, group size). reference: tokens. written: (tokens, margin). measured:
+    (bits per weight, KL).
+    """
+    (method, bits, group_size), (new, margin), (bits_per_weight, kl) = setting, written, measured
     pairs = zip(reference, new, strict=False)
     agree = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(reference), len(new)))
     before, after = (prompt + tokenizer.decode(tokens) for tokens in (reference, new))
     same = len(prompt + tokenizer.decode(new[:agree]))
-    name = METHOD_LABELS[method]
-    readout = lines(
+    title = f"{METHOD_LABELS[method]}, {bits} bits, {group_words(group_size)}"
+    rows = [
         ("bits per weight, scales included", f"{bits_per_weight:.2f}"),
         ("tokens before the first difference", f"{agree} of {len(reference)}"),
         ("full precision", printable(before)),
         ("quantized", printable(after)),
-    )
+    ]
+    if kl is not None:
+        rows.insert(1, ("KL divergence, nats per token", f"{kl:.3f}"))
     return View(
-        title=f"{name}, {bits} bits",
+        title=title,
         reference=before,
         text=after,
         same=same,
@@ -161,9 +199,10 @@ def view(tokenizer, prompt, method, bits, reference, new, margin, bits_per_weigh
         count=len(reference),
         margin=margin,
         bits_per_weight=bits_per_weight,
-        readout=readout,
+        kl=kl,
+        readout=lines(*rows),
         alt=(
-            f"Left, full precision: {printable(before)} Right, {name} with {bits} bits, the same "
-            f"for {agree} of {len(reference)} tokens: {printable(after)}"
+            f"Above, the full-precision text: {printable(before)} Below, {title}; {agree} of "
+            f"{len(reference)} tokens come before the first difference: {printable(after)}"
         ),
     )

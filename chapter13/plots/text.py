@@ -1,12 +1,10 @@
-"""Two texts side by side: what a model wrote before and after, and from where on they part."""
-
-import textwrap
+"""Two texts, one below the other: what a model wrote before and after, and where they diverge."""
 
 from chapter13.plots.live import LiveFigure
 from chapter13.plots.picture import COLORS, style
 
-WIDTH = 44  # characters a line
-LINES = 9
+WIDTH = 86  # characters a line: so many fill the picture
+LINES = 4
 FONT_SIZE = 13
 
 
@@ -19,27 +17,37 @@ def printable(text: str) -> str:
 
 
 def wrapped(text: str, same: int) -> list[tuple[str, str]]:
-    """Lines of WIDTH characters; each as (the part that agrees, the part that does not).
+    """Lines of at most WIDTH characters; each as (the part that agrees, the part that does not).
 
     `same`: how many characters of the text agree with the other one. Both parts are padded to
-    their places with spaces, so that one drawn over the other makes the line.
+    their places with spaces, so that one drawn over the other makes the line. A line ends between
+    two words; a word that is longer than a line is cut. After LINES lines comes an ellipsis.
     """
-    marked = textwrap.TextWrapper(width=WIDTH, drop_whitespace=False, replace_whitespace=False)
-    lines, start = [], 0
-    for line in marked.wrap(printable(text))[:LINES]:
-        split = min(max(same - start, 0), len(line))
+    shown, start = printable(text), 0
+    lines = []
+    while start < len(shown) and len(lines) < LINES:
+        end = min(start + WIDTH, len(shown))
+        if end < len(shown) and " " in shown[start : end + 1].strip():
+            end = shown.rindex(" ", start, end + 1)
+        line, split = shown[start:end], min(max(same - start, 0), end - start)
         lines.append((line[:split], " " * split + line[split:]))
-        start += len(line)
+        start = end
+        while shown[start : start + 1] == " ":
+            start += 1
+    if start < len(shown):
+        agreeing, other = lines[-1]
+        lines[-1] = agreeing, other[: WIDTH - 1] + "…"
     return lines
 
 
 class TextFigure(LiveFigure):
-    """Shows an `explorers.text.View`: left the full-precision model's text, right the other's."""
+    """Shows an `explorers.text.View`: above the full-precision model's text, below the other's."""
 
     def __init__(self):
-        super().__init__(width=10, height=3.3, cols=2)
+        super().__init__(width=10, height=2.9, rows=2)
         self._same, self._other = [], []
         with style():
+            self.figure.suptitle("How does the text change?", x=0.004, ha="left", weight="bold")
             for ax, title in zip(self.axes, ("full precision", " "), strict=True):
                 ax.set(xlim=(0, WIDTH), ylim=(LINES, 0), xticks=[], yticks=[])
                 ax.grid(visible=False)
@@ -59,7 +67,9 @@ class TextFigure(LiveFigure):
             self.animate(*self._same, *self._other, self._title)
 
     def update(self, view):
-        self._title.set_text(f"{view.title}: the same for {view.agree} of {view.count} tokens")
+        self._title.set_text(
+            f"{view.title}: {view.agree} of {view.count} tokens before the first difference"
+        )
         both = (wrapped(view.reference, len(view.reference)), wrapped(view.text, view.same))
         for column, lines in enumerate(both):
             lines = lines + [("", "")] * (LINES - len(lines))

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from tiny import TOKENS as IDS_TO_MEASURE
 from tiny import Letters, toy_model
 
-from chapter13 import quantize_model
+from chapter13 import evaluate, quantize_model
 from chapter13.explorers.text import PROMPTS, TOKENS, RoundedModel, explore_text, greedy
 from chapter13.plots.text import LINES, WIDTH, printable, wrapped
 
@@ -68,7 +69,7 @@ def test_text_is_that_of_the_quantized_model(method, bits, group_size):
 
 def test_nf4_has_four_bits():
     panel = explore_text(*toy_model())
-    assert "NF4 is a table of 16 values: it takes 4 bits, not 8" in panel.set(method="nf4")
+    assert "NF4 is a table of 16 values: it takes 4 bits, not 3" in panel.set(method="nf4")
     panel.close()
 
 
@@ -82,13 +83,48 @@ def test_the_original_weights_stay():
         assert not torch.equal(damage.layers[name].weight, weight)
 
 
-def test_lines_keep_every_character_in_place():
-    text = "a rose is a rose is a rose " * 9
+def test_kl_is_that_of_evaluate():
+    tokens = IDS_TO_MEASURE[0]
+    panel = explore_text(*toy_model(), tokens=tokens)
+    for settings in ({"method": "absmax", "bits": 2}, {"method": "nf4", "bits": 4}):
+        panel.set(**settings)
+        other = quantize_model(toy_model()[0], *settings.values(), 64, progress=False)
+        exact = evaluate.kl_divergence(other, toy_model()[0], tokens[None], progress=False)
+        # float32 here, float64 there: some hundred terms of at most 1
+        assert panel.view.kl == pytest.approx(exact.value, abs=1e-5)
+        assert f"{panel.view.kl:.3f}" in panel.readout
+    panel.close()
+    panel = explore_text(*toy_model())
+    assert panel.view.kl is None
+    assert "KL" not in panel.readout
+    panel.close()
+
+
+def test_it_opens_on_damage():
+    panel = explore_text(*toy_model())
+    assert panel.settings == {"prompt": PROMPTS[0], "method": "affine", "bits": 3, "group_size": 64}
+    assert "affine, 3 bits, groups of 64" in panel.figure._title.get_text()
+    panel.close()
+
+
+def test_lines_end_between_words():
+    text = ("a rose is a rose is a rose " * 9).strip()
     for same in (0, 30, 100, len(text)):
         lines = wrapped(text, same)
-        together = "".join(one + other[len(one) :] for one, other in lines)
-        assert together == text[: len(together)]
-        assert sum(len(one) for one, _ in lines) == min(same, len(together))
-        assert all(len(other) <= WIDTH for _, other in lines)
-    assert len(wrapped("x" * 2000, 0)) == LINES
+        whole = [one + other[len(one) :] for one, other in lines]
+        assert " ".join(whole) == text
+        assert not any(line.startswith(" ") for line in whole)
+        assert all(len(line) <= WIDTH for line in whole)
+        start = 0
+        for (one, _), line in zip(lines, whole, strict=True):
+            assert len(one) == min(max(same - start, 0), len(line))
+            start += len(line) + 1
     assert printable("a\nb\tc码") == "a b c□"
+
+
+def test_long_words_are_cut_and_long_texts_end_in_an_ellipsis():
+    word = "x" * (WIDTH + 10)
+    assert [other for _, other in wrapped(f"a {word}", 0)] == ["a", word[:WIDTH], word[WIDTH:]]
+    lines = wrapped("x" * 2000, 0)
+    assert len(lines) == LINES
+    assert lines[-1] == ("", "x" * (WIDTH - 1) + "…")
