@@ -140,6 +140,7 @@ PICTURES = {
     distribution_plots.error_shapes: lambda draw: draw({"4 bits": W % 1, "3 bits": W % 1}),
     distribution_plots.histogram_pair: lambda draw: draw(W, INT4),
     distribution_plots.qq: lambda draw: draw({"INT4": ([-1, 0, 1], [-1, 0, 0.9])}, "a", "b"),
+    distribution_plots.tails: lambda draw: draw({"normal": UNIT, "heavy": UNIT**3}),
     awq_plots.loss_curves: lambda draw: draw(
         (0.0, 0.5, 0.9), {"mlp": [2.0, 1.0, 4.0], "attention": [1.0, 2.0, 3.0]}
     ),

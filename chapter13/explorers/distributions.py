@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from chapter13 import awq, gptq
-from chapter13.corpus import calibration_tokens
+from chapter13.corpus import calibration_tokens, evaluation_tokens
 from chapter13.explorers import layers
 from chapter13.explorers.base import Explorer, lines
 from chapter13.explorers.gptq import calibrate
@@ -19,6 +19,7 @@ from chapter13.explorers.layers import (
     choose,
     drawn,
     explore,
+    group_words,
     outlier_slider,
     quantize,
     relative_and_db,
@@ -36,6 +37,7 @@ from chapter13.whole_model.walk import Walk
 
 AWQ_TOKENS = 128  # that judge a scale: it is searched anew at each move
 SEQUENCES, LENGTH = 4, 256  # of calibration text
+HELD_OUT = 2  # sequences of the evaluation text
 # Histograms have 121 bins out to 4.5 standard deviations; zero lies in the middle of a bin.
 EDGES = np.linspace(-4.5, 4.5, 122)
 # 201 probabilities: those with which a normal variable stays below -3.5, -3.465, .. 3.5 sigma
@@ -45,12 +47,14 @@ GROUP_SIZES = [None, "channel", 128, 64, 32, 16]
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What some text brings to a layer."""
+    """What reaches a layer from two texts."""
 
     x: torch.Tensor
-    """float32 (tokens, in_features)."""
+    """float32 (tokens, in_features), of the calibration text."""
     hessian: torch.Tensor
-    """(in_features, in_features), of all tokens."""
+    """(in_features, in_features), of the calibration text."""
+    held_out: torch.Tensor
+    """The Hessian of a text that no method learns from."""
 
 
 def _gptq(weight, inputs, bits, group_size):
@@ -102,10 +106,10 @@ class View:
     """Of the codes, in bits."""
     levels: np.ndarray
     """With a single scale: the values that were drawn, ascending, in σ. Else empty."""
-    level_heights: np.ndarray
-    """How many of the drawn weights have each value, relative to the most frequent."""
+    edges: np.ndarray
+    """Of the bins of the reconstruction's histogram, in σ: EDGES, or halfway between levels."""
     density: np.ndarray
-    """The reconstruction's histogram, as that of the layer."""
+    """The reconstruction's histogram: densities on `edges`, in standard deviations."""
     zeros: float
     """Share of the weights that become exactly 0."""
     error_density: np.ndarray
@@ -113,7 +117,7 @@ class View:
     quantiles: np.ndarray
     """The reconstruction's quantiles at PROBABILITIES, in the weights' standard deviations."""
     output_losses: tuple[float, float] | None
-    """Of a learned method: the layer loss, and that of affine rounding."""
+    """Of a learned method: the layer loss on held-out text, and that of affine rounding."""
     readout: str
     alt: str
 
@@ -188,8 +192,9 @@ def view(
     shown = approximation.view(-1)[layer.drawn]
     errors = np.sort((shown - weight.view(-1)[layer.drawn]).numpy())
     values = np.sort(shown.numpy())
-    few = values if quantized.scale.numel() == 1 else values[:0]
-    levels, heights = np.unique(few, return_counts=True)
+    one_scale = quantized.scale.numel() == 1
+    levels = np.unique(values) if one_scale else values[:0]
+    edges = level_edges(levels) / layer.sigma if one_scale else EDGES
 
     rows = [
         *layer.rows_measured(),
@@ -206,7 +211,7 @@ def view(
     if learned:
         losses = output_losses(weight, approximation, bits, group_size, inputs)
         words = f"{losses[0]:.2g}, affine rounding {losses[1]:.2g}"
-        rows.append(("error of the outputs", words))
+        rows.append(("error of the outputs, held-out text", words))
     return View(
         layer=layer,
         method=method,
@@ -215,18 +220,19 @@ def view(
         used=used,
         entropy=information,
         levels=levels / layer.sigma,
-        level_heights=heights / heights.max(initial=1),
-        density=_density(values, layer.sigma),
+        edges=edges,
+        density=_density(values, layer.sigma, edges),
         zeros=zeros,
         error_density=_density(errors, error**0.5 or 1.0),
         quantiles=_quantiles(values) / layer.sigma,
         output_losses=losses,
         readout=lines(*rows),
         alt=(
-            f"Four panels for {method} with {bits} bits: the weights and their reconstruction; "
-            f"the codes, {used} of {2**bits} in use, with {information:.2f} bits of entropy; "
-            f"the shape of the error, at {sqnr:.1f} dB SQNR; and the quantiles of the "
-            "reconstruction against those of the weights."
+            f"Four panels for {METHOD_LABELS[method]}, {bits} bits, {group_words(group_size)}: "
+            f"the weights and their reconstruction, in which {percent(zeros)} are 0; the codes, "
+            f"{used} of {2**bits} in use, with {information:.2f} bits of entropy; the shape of the "
+            f"error, at {sqnr:.1f} dB SQNR; and the quantiles of the reconstruction against those "
+            "of the weights."
         ),
     )
 
@@ -246,28 +252,41 @@ def learnable(layer: Layer, method: str, group_size: int | str | None) -> LayerI
 
 
 def output_losses(weight, approximation, bits, group_size, inputs) -> tuple[float, float]:
-    """`gptq.layer_loss` of the approximation, and of affine rounding at the same bits."""
+    """`gptq.layer_loss` on held-out text: of the approximation, and of affine rounding."""
     rounded = quantize_affine(weight, bits, group_size).dequantize()
-    return tuple(gptq.layer_loss(weight, each, inputs.hessian) for each in (approximation, rounded))
+    return tuple(
+        gptq.layer_loss(weight, each, inputs.held_out) for each in (approximation, rounded)
+    )
 
 
-class CalibrationText:
-    """Some news on its way through the embedded model: what reaches each of its layers."""
+class TextOnItsWay:
+    """A text on its way through a model: what reaches each of its layers."""
 
-    def __init__(self):
-        model, tokenizer = load(device="cpu")
-        tokens = calibration_tokens(tokenizer, SEQUENCES, LENGTH)
+    def __init__(self, model, tokens):
         self._walk, self._hidden = Walk(model, tokens), []
         for index in range(len(self._walk.blocks)):
             self._hidden.append(self._walk.hidden)
             self._walk.advance(index)
 
-    def inputs(self, block: int, layer: str) -> LayerInputs:
-        """What reaches one of the linear layers of a block, such as "q_proj"."""
+    def inputs(self, block: int, layer: str) -> torch.Tensor:
+        """What reaches one of the linear layers of a block, such as "q_proj": (tokens, in)."""
         self._walk.hidden = self._hidden[block]
         inputs = self._walk.inputs(block)
-        x = next(x for name, x in inputs.items() if name.rpartition(".")[2] == layer)
-        return LayerInputs(x, calibrate(x[None]).hessian)
+        return next(x for name, x in inputs.items() if name.rpartition(".")[2] == layer)
+
+
+class Texts:
+    """News to calibrate with and Wikipedia to measure on, on their way through the model."""
+
+    def __init__(self):
+        model, tokenizer = load(device="cpu")
+        self._news = TextOnItsWay(model, calibration_tokens(tokenizer, SEQUENCES, LENGTH))
+        self._held_out = TextOnItsWay(model, evaluation_tokens(tokenizer, HELD_OUT))
+
+    def inputs(self, block: int, layer: str) -> LayerInputs:
+        """What reaches one of the linear layers of a block, such as "q_proj"."""
+        x, held_out = (text.inputs(block, layer) for text in (self._news, self._held_out))
+        return LayerInputs(x, *(calibrate(each[None]).hessian for each in (x, held_out)))
 
 
 def explore_distributions(weight=None) -> Explorer:
@@ -295,9 +314,9 @@ def explore_distributions(weight=None) -> Explorer:
         "block": widgets.IntSlider(12, 0, len(names) // len(LINEARS) - 1, description="block"),
         "layer": widgets.Dropdown(options=LINEARS, value="gate_proj", description="layer"),
     }
-    # made when a method first asks for it: the walk through the model takes some seconds
-    text = lru_cache(maxsize=1)(CalibrationText)
-    inputs = lru_cache(maxsize=4)(lambda block, layer: text().inputs(block, layer))
+    # made when a method first asks for them: the walks through the model take some seconds
+    texts = lru_cache(maxsize=1)(Texts)
+    inputs = lru_cache(maxsize=4)(lambda block, layer: texts().inputs(block, layer))
 
     def load(block, layer):
         return prepare(weights[names[str(block), layer]], partial(inputs, block, layer))
@@ -305,10 +324,25 @@ def explore_distributions(weight=None) -> Explorer:
     return choose(choices, load, controls, view, DistributionsFigure(), kept=4)
 
 
-def _density(values, unit):
-    """The density of the sorted `values` / unit on EDGES."""
-    below = np.searchsorted(values, (EDGES * unit).astype(np.float32))
-    return np.diff(below) / (len(values) * np.diff(EDGES))
+def level_edges(levels: np.ndarray) -> np.ndarray:
+    """Where bins meet that hold one of the ascending levels (n,) each: (n + 1,).
+
+    Halfway between neighbours; the outermost levels lie in the middle of their bins.
+
+    >>> level_edges(np.array([-1.0, 0.0, 2.0]))
+    array([-1.5, -0.5,  1. ,  3. ])
+    """
+    levels = levels.astype(float)
+    if len(levels) == 1:
+        return levels + abs(levels[0] or 1.0) * np.array([-1, 1])
+    inner = (levels[1:] + levels[:-1]) / 2
+    return np.array([2 * levels[0] - inner[0], *inner, 2 * levels[-1] - inner[-1]])
+
+
+def _density(values, unit, edges=EDGES):
+    """The density of the sorted `values` / unit on `edges`."""
+    below = np.searchsorted(values, (edges * unit).astype(np.float32))
+    return np.diff(below) / (len(values) * np.diff(edges))
 
 
 def _quantiles(values):

@@ -1,7 +1,10 @@
 """The pictures of notebook 07: histograms of weights, codes and errors, and Q-Q plots."""
 
+from statistics import NormalDist
+
 import numpy as np
 from matplotlib.collections import LineCollection
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from chapter13.plots.live import LiveFigure
 from chapter13.plots.picture import (
@@ -11,6 +14,7 @@ from chapter13.plots.picture import (
     method_fill,
     method_line,
     new_figure,
+    set_ticks,
     style,
 )
 
@@ -157,36 +161,92 @@ def qq(points_by_title, xlabel, ylabel):
         )
 
 
+def code_ticks(method, bits):
+    """(places, words) on an axis from 0 to 1 that all 2**bits codes share, lowest level first.
+
+    Integers are named by their codes; entries of a code book, which have none that matter, by
+    their levels.
+    """
+    if method in ("nf4", "fp4"):  # NF4 has a single 0, FP4 two beside each other
+        zero = 7.5 / 16 if method == "nf4" else 8 / 16
+        return [0.5 / 16, zero, 15.5 / 16], ["level −1", "0", "1"]
+    first = -(2 ** (bits - 1)) if method == "absmax" else 0
+    quarters = range(4) if bits > 2 else (0, 2)
+    shown = [quarter * 2**bits // 4 for quarter in quarters] + [2**bits - 1]
+    words = [f"{first + index}".replace("-", "−") for index in shown]
+    return [(index + 0.5) / 2**bits for index in shown], words
+
+
+def tails(values_by_title):
+    """Which share of the numbers lies beyond each distance from zero, in standard deviations.
+
+    title -> float tensor of any shape, a curve for each; dashed, the normal distribution.
+    """
+    with style():
+        figure, ax = new_figure(width=10, height=3.8)
+        places = np.linspace(0.5, 5, 91)
+        normal = [2 * NormalDist().cdf(-place) for place in places]
+        ax.plot(places, normal, color=COLORS["text"], ls="--", label="normal distribution")
+        ends = []
+        for (title, values), color in zip(values_by_title.items(), SERIES, strict=False):
+            distance = np.sort(np.abs(np.ravel(values) / np.std(np.ravel(values))))
+            rank = len(distance) - np.unique(np.geomspace(1, len(distance), 400).astype(int))
+            share = (len(distance) - rank) / len(distance)
+            ax.plot(distance[rank], share, color=color, label=title)
+            ax.plot(distance[-1], share[0], "o", ms=9, color=color)
+            ends.append(f"{title} {distance[-1]:.1f} σ")
+        ax.set(xscale="log", yscale="log", xlim=(0.5, 80), ylim=(5e-7, 1.5))
+        set_ticks(ax.xaxis, [0.5, 1, 2, 5, 10, 20, 50])
+        ax.yaxis.set_major_locator(FixedLocator([1e-6, 1e-4, 1e-2, 1]))
+        ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.set(xlabel="distance from zero, in σ", ylabel="weights beyond it")
+        ax.legend(loc="lower left")
+        return Picture(
+            figure,
+            "Curves on logarithmic axes: the share of the weights that lie beyond a distance from "
+            f"zero; dashed, the normal distribution. The farthest weight: {', '.join(ends)}.",
+        )
+
+
 class DistributionsFigure(LiveFigure):
     """Shows an `explorers.distributions.View`.
 
-    Upper left, gray, the weights; on it either a line for each level in use, as high as its share
-    (the highest is 1), or, where many scales make many levels, the histogram of the reconstruction
-    on the same bins. Upper right, how often each code occurs. Lower left, the shape of the error,
-    between a uniform one (dashed) and that of the weights themselves (gray). Lower right, quantiles
-    of the reconstruction against those of the weights. All axes are in standard deviations (the
-    error's in its root mean square), so they stay when the layer changes.
+    Above, gray, the weights; on it the histogram of the reconstruction, on the same bins, or, where
+    a single scale makes few levels, on a bin for each level in use, which a tick marks. Below it,
+    how often each code occurs, and the shape of the error, between a uniform one (dashed) and that
+    of the weights themselves (gray). Right, quantiles of the reconstruction against those of the
+    weights. All axes are in standard deviations (the error's in its root mean square), so they stay
+    when the layer changes; heights are relative to the highest of the weights and of the codes.
     """
 
     def __init__(self):
-        super().__init__(width=10, height=4.2, rows=2, cols=2)
-        (weights, codes), (errors, quantiles) = self.axes
+        super().__init__(width=10, height=4.2, rows=2, cols=3, width_ratios=[1, 1, 1.1])
+        grid = self.axes[0, 0].get_gridspec()
+        for ax in (*self.axes[0], self.axes[1, 2]):
+            ax.remove()
         with style():
-            weights.set(xlim=(-4.5, 4.5), ylim=(0, 1.5), yticks=[])
-            weights.set(xlabel="weight (gray) and reconstruction, in σ")
-            codes.set(xlim=(0, 1), ylim=(0, 1.1), xticks=[], yticks=[])
-            codes.set(xlabel="codes, from the lowest level to the highest")
-            errors.set(xlim=(-4.5, 4.5), ylim=(0, 0.75), yticks=[])
-            errors.set(xlabel="error / RMS (gray: weights; dashed: uniform)")
+            weights = self.figure.add_subplot(grid[0, :2])
+            quantiles = self.figure.add_subplot(grid[:, 2])
+            self._code_axes, errors = codes, _ = self.axes[1, :2]
+            self.figure.suptitle("What is left of the distribution?", weight="bold", fontsize=14)
+            weights.set(xlim=(-4.5, 4.5), ylim=(0, 1.5), yticks=[0, 0.5, 1])
+            weights.set(xlabel="weight, in σ (gray: before)", ylabel="density / max")
+            codes.set(xlim=(0, 1), ylim=(0, 1.1), yticks=[0, 0.5, 1])
+            codes.set(xlabel="code", ylabel="count / max")
+            codes.grid(visible=False)
+            errors.set(xlim=(-3.5, 3.5), ylim=(0, 0.75), yticks=[0, 0.25, 0.5])
+            errors.set(xlabel="error / RMS (gray: weights)")
             quantiles.set(
-                xlim=(-8, 8), ylim=(-8, 8), xticks=range(-8, 9, 2), yticks=[-8, -4, 0, 4, 8]
+                xlim=(-8, 8), ylim=(-8, 8), xticks=range(-8, 9, 4), yticks=range(-8, 9, 4)
             )
-            quantiles.set(xlabel="quantile of the weights, in σ", ylabel="reconstructed")
-            errors.set_title("shape of the error")
-            quantiles.set_title("Q–Q: reconstruction against weights")
+            quantiles.set(xlabel="quantile of the weights, in σ", ylabel="reconstructed, in σ")
+            errors.set_title("shape of the error", fontsize=12)
+            quantiles.set_title("Q–Q plot", fontsize=12)
             for ax in (weights, codes):
-                ax.set_title(" ")  # room for the titles that change
-            self._zeros, self._used = weights.set_title(""), codes.set_title("")
+                ax.set_title(" ", fontsize=12)  # room for the titles that change
+            self._zeros = weights.set_title("", fontsize=12)
+            self._used = codes.set_title("", fontsize=12)
 
             bins = np.linspace(-4.5, 4.5, 122)
             nothing = np.zeros(121), bins
@@ -215,15 +275,15 @@ class DistributionsFigure(LiveFigure):
         layer, look = view.layer, method_fill(view.method)
         highest = layer.density.max()
         self._weights.set_data(layer.density / highest)
-        self._reconstruction.set_data(view.density / highest)
+        self._reconstruction.set_data(view.density / highest, view.edges)
         self._reconstruction.set(edgecolor=look["color"], gid=look["gid"])
-        self._reconstruction.set_visible(not len(view.levels))
-        tips = zip(view.levels, view.level_heights, strict=True)
-        self._levels.set_segments([((x, 0), (x, y)) for x, y in tips])
-        # in points: the axes are some 330 wide; the line takes 60% of the gap between two levels
-        gap = np.diff(view.levels).min(initial=9) / 9
-        self._levels.set(linewidth=np.clip(0.6 * 330 * gap, 0.8, 5), **look)
+        self._levels.set_segments([((x, 0), (x, 0.12)) for x in view.levels])
+        self._levels.set(linewidth=3 if len(view.levels) < 33 else 1, **look)
 
+        ticks = code_ticks(view.method, view.bits)
+        if self.changed(ticks):
+            self._code_axes.set_xticks(*ticks)
+            self.redraw()
         heights = view.code_counts / view.code_counts.max()
         self._codes.set_data(heights, np.linspace(0, 1, len(heights) + 1))
         self._codes.set(**look)
@@ -232,6 +292,4 @@ class DistributionsFigure(LiveFigure):
         self._points.set_data(layer.quantiles, view.quantiles)
         self._points.set(**method_line(view.method))
         self._zeros.set_text(f"{percent(view.zeros)} of the weights become 0")
-        self._used.set_text(
-            f"{view.used} of {2**view.bits} codes in use, entropy {view.entropy:.2f}"
-        )
+        self._used.set_text(f"{view.used} of {2**view.bits} in use, entropy {view.entropy:.2f}")

@@ -6,9 +6,9 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from tiny import normal
+from tiny import generator, normal
 
-from chapter13 import awq, corpus, gptq, models, quantize_absmax, quantize_affine, quantize_codebook
+from chapter13 import awq, gptq, models, quantize_absmax, quantize_affine, quantize_codebook
 from chapter13.explorers import distributions, layers
 from chapter13.explorers.distributions import (
     EDGES,
@@ -16,11 +16,12 @@ from chapter13.explorers.distributions import (
     METHOD_LABELS,
     PROBABILITIES,
     WEIGHT_LEARNERS,
-    CalibrationText,
     LayerInputs,
+    Texts,
     count_codes,
     entropy,
     explore_distributions,
+    level_edges,
     prepare,
     view,
 )
@@ -135,8 +136,7 @@ def check_pictures(layer, shown, given, weight, quantized, approximation):
     """The histograms and quantiles of a view, against numpy's own of the weights drawn."""
     assert len(layer.drawn) == min(layers.DRAWN, weight.numel())
     before, after = given.reshape(-1)[layer.drawn], approximation.view(-1)[layer.drawn]
-    for density, values in [(layer.density, before), (shown.density, after)]:
-        assert np.array_equal(density, numpy_density(values, layer.sigma))
+    assert np.array_equal(layer.density, numpy_density(before, layer.sigma))
     errors = after - weight.reshape(-1)[layer.drawn]
     unit = mse(weight, approximation) ** 0.5 or 1.0
     assert np.array_equal(shown.error_density, numpy_density(errors, unit))
@@ -147,10 +147,16 @@ def check_pictures(layer, shown, given, weight, quantized, approximation):
 
     if quantized.scale.numel() > 1:
         assert len(shown.levels) == 0
+        assert np.array_equal(shown.edges, EDGES)
+        assert np.array_equal(shown.density, numpy_density(after, layer.sigma))
         return
     levels, counts = np.unique(after.numpy(), return_counts=True)
     assert np.array_equal(shown.levels, levels / layer.sigma)
-    assert np.array_equal(shown.level_heights, counts / counts.max())
+    # each bin holds the weights of its level: its area is their share
+    areas = shown.density * np.diff(shown.edges)
+    assert np.allclose(areas, counts / len(after), rtol=1e-12, atol=0)
+    assert (shown.edges[:-1] < shown.levels).all()
+    assert (shown.levels < shown.edges[1:]).all()
 
 
 def numpy_density(values, unit):
@@ -159,6 +165,12 @@ def numpy_density(values, unit):
     values = values.numpy().ravel()
     counts = np.histogram(values[values < edges[-1]], edges)[0]
     return counts / (values.size * np.diff(EDGES))
+
+
+def test_bins_meet_halfway_between_levels():
+    assert level_edges(np.array([-1.0, 0.0, 2.0])).tolist() == [-1.5, -0.5, 1, 3]
+    assert level_edges(np.array([0.7])).tolist() == [0, 1.4]
+    assert level_edges(np.array([0.0])).tolist() == [-1, 1]
 
 
 def test_codes_are_counted_from_the_lowest_level_to_the_highest():
@@ -250,7 +262,7 @@ def test_scales_that_float16_cannot_hold_are_explained_by_what_the_panel_has():
 def seen():
     inputs = normal(300, 128, seed=3) @ (normal(128, 128, seed=4) + 0.3)
     inputs[:, 7] *= 30
-    return LayerInputs(inputs, gptq.hessian(inputs))
+    return LayerInputs(inputs, gptq.hessian(inputs), gptq.hessian(normal(200, 128, seed=5)))
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -271,10 +283,10 @@ def test_learned_numbers_are_the_packages_own(name, method, seen):
             approximation = quantized.dequantize() / s
         check_pictures(layer, shown, given, given, quantized, approximation)
         assert f"{mse(given, approximation):.2e}" in shown.readout
-        loss = gptq.layer_loss(given, approximation, seen.hessian)
+        loss = gptq.layer_loss(given, approximation, seen.held_out)
         rounded = quantize_affine(given, bits, group_size).dequantize()
-        assert shown.output_losses == (loss, gptq.layer_loss(given, rounded, seen.hessian))
-        assert f"error of the outputs   {loss:.2g}, affine" in shown.readout
+        assert shown.output_losses == (loss, gptq.layer_loss(given, rounded, seen.held_out))
+        assert f"error of the outputs, held-out text  {loss:.2g}, affine" in shown.readout
 
 
 def test_learned_methods_say_what_they_need():
@@ -286,24 +298,26 @@ def test_learned_methods_say_what_they_need():
 
 
 def test_what_reaches_a_layer_of_the_embedded_model(monkeypatch):
-    monkeypatch.setattr(distributions, "SEQUENCES", 1)
-    monkeypatch.setattr(distributions, "LENGTH", 16)
-    text = CalibrationText()
-    model, tokenizer = models.load(device="cpu")
-    tokens = corpus.calibration_tokens(tokenizer, 1, 16)
+    tokens = {name: torch.randint(49152, (1, 16), generator=generator()) for name in "ab"}
+    monkeypatch.setattr(distributions, "calibration_tokens", lambda *_: tokens["a"])
+    monkeypatch.setattr(distributions, "evaluation_tokens", lambda *_: tokens["b"])
+    texts = Texts()
+    model, _ = models.load(device="cpu")
     for block, name in ((3, "mlp.down_proj"), (0, "self_attn.k_proj")):  # backwards too
         wanted = []
         linear = model.model.layers[block].get_submodule(name)
         hook = linear.register_forward_pre_hook(lambda _, args, kept=wanted: kept.append(args[0]))
         with torch.no_grad():
-            model(tokens)
+            for each in tokens.values():
+                model(each)
         hook.remove()
-        shown = text.inputs(block, name.rpartition(".")[2])
-        # the same float32 operations on the same numbers, but for the kernels' choice of order
+        shown = texts.inputs(block, name.rpartition(".")[2])
+        # the same float32 operations on the same numbers; kernels may sum in another order
         apart = (shown.x - wanted[0][0]).norm() / wanted[0].norm()
         assert apart < 1e-4
-        expected = 2 / 16 * shown.x.double().T @ shown.x.double()
-        assert (shown.hessian - expected).norm() < 1e-4 * expected.norm()
+        for hessian, x in zip((shown.hessian, shown.held_out), wanted, strict=True):
+            expected = 2 / 16 * x[0].double().T @ x[0].double()
+            assert (hessian - expected).norm() < 1e-4 * expected.norm()
 
 
 def test_a_group_size_that_does_not_divide_is_explained():
