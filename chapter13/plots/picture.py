@@ -188,13 +188,16 @@ def png_bundle(png, alt, width):
     return data, {"image/png": {"alt": alt, "width": width}}
 
 
+_INK = "var(--jp-ui-font-color1, #333)"  # JupyterLab's own, dark or light
+
+
 def caption(alt, width):
     """A picture's alternative text as an output, to be shown below it.
 
     JupyterLab 4.6 and nbconvert 7.17 drop the `alt` in an image's metadata, so the text is shown
     where everybody can read it. They are compared when notebooks are tested.
     """
-    look = f"max-width: {width}px; margin: 0; font-size: 14px; color: #555"
+    look = f"max-width: {width}px; margin: 0; font-size: 14px; color: {_INK}"
     return {"text/html": f'<p style="{look}">{html.escape(alt)}</p>', "text/plain": alt}
 
 
