@@ -156,8 +156,9 @@ def relative_steps(weight: torch.Tensor, approximations: dict[str, torch.Tensor]
     lost = (approximations["int8"][weight != 0] == 0).double().mean().item()
     alt = (
         "The relative error of the weights by their magnitude, on log axes; below, how many "
-        "weights there are. fp16 and bf16 treat large and small alike; int8 loses the more, the "
-        f"smaller the weight: {lost:.0%} of the weights end up on zero, an error of 100% (dotted)."
+        "weights there are. fp16 and bf16 treat large and small alike; in int8, the smaller the "
+        f"weight, the larger its error: {lost:.0%} of the weights end up on zero, an error of 100% "
+        "(dotted)."
     )
     return Picture(figure, alt)
 
