@@ -219,6 +219,7 @@ class GGUFFigure(LiveFigure):
         with style():
             left.set(xlabel="bits per weight, scales included", ylabel="relative RMSE of the layer")
             left.set(xlim=(4, 5.4))
+            left.yaxis.set_major_formatter("{x:.2f}")  # labels of one width: the axes stay put
             right.set(xlim=(-1, 32), ylim=(-1.25, 1.25), xticks=[0, 8, 16, 24, 31])
             right.set(xlabel="weight of the block", ylabel="weight / absmax of the block")
             left.set_title("the layer")
@@ -231,7 +232,7 @@ class GGUFFigure(LiveFigure):
             for kind in ("Q4_0", "Q4_1", "MXFP4"):
                 look = method_line(kind) | {"linestyle": "", "label": METHOD_LOOK[kind].label}
                 (self._kinds[kind],) = left.plot([], [], **look)
-            left.legend(loc="upper right", fontsize=11, ncols=2)
+            left.legend(loc="upper right", ncols=2)
             self._levels = right.hlines([], -1, 32, linewidth=1.5)
             self._errors = right.vlines([], [], [], color=COLORS["error"], linewidth=2)
             (self._weights,) = right.plot([], [], "o", color=COLORS["text"], markersize=5)
@@ -245,7 +246,7 @@ class GGUFFigure(LiveFigure):
         bottom = 0.8 * min(errors) if min(errors) > 0.2 * top else -0.02 * top
         if self.changed((bottom, top)):
             self.axes[0].set_ylim(bottom, top)
-            self.redraw()
+            self._background = None  # drawn anew, in the same places: `redraw` would move them
         for label, line in self._curves.items():
             line.set_data(*zip(*view.curves.get(label) or [(np.nan, np.nan)], strict=True))
         for kind, mark in self._kinds.items():
