@@ -183,8 +183,8 @@ def _check_rope(rope: dict) -> None:
     for name, default in YARN.items():
         if kind == "yarn" and rope.get(name) not in (None, default):
             raise ValueError(
-                f"{name} of rope_type 'yarn' is {rope[name]}: only the default, {default}, can be "
-                "written"
+                f"{name} of rope_type 'yarn' is {rope[name]}: only the default can be written, "
+                f"{default}"
             )
 
 

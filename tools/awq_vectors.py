@@ -1,10 +1,10 @@
-"""Records what AutoAWQ's own searches find on one small layer: tests/awq_vectors/.
+"""Records the results of AutoAWQ's own searches on small layers: tests/awq_vectors/.
 
-    python tools/awq_vectors.py FOLDER      # of the unpacked source package autoawq 0.2.9
+    python tools/awq_vectors.py FOLDER      # the unpacked source package autoawq 0.2.9
 
 AutoAWQ is no longer maintained, and its package cannot be imported beside today's transformers. Its
-file awq/quantize/quantizer.py can: what it imports beside torch is not needed by the searches, and
-stands in here as empty modules.
+file awq/quantize/quantizer.py can: the searches do not need what it imports besides torch, so empty
+modules replace these imports here.
 """
 
 import importlib.util
@@ -21,8 +21,8 @@ CASES = {"4-bit": (4, 16), "3-bit": (3, 32), "channel": (4, 64)}  # bits, group 
 
 
 class Layer(torch.nn.Linear):
-    """Hands out copies: on a CPU AutoAWQ takes no copy of the weight before it scales it in place,
-    and would put the scaled one back."""
+    """Returns copies: on a CPU AutoAWQ does not copy the weight before it scales it in place, and
+    would put the scaled one back."""
 
     def state_dict(self):
         return {name: tensor.clone() for name, tensor in super().state_dict().items()}

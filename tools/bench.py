@@ -1,7 +1,7 @@
 """`make bench`: speed and memory side by side with the reference libraries.
 
-The medians of several runs, ours and the other's in turn; a matrix of the largest shape in a 7B
-model, the sliders of the explorers, and whole models (tools/bench_models.py).
+Measures a matrix of the largest shape in a 7B model, the sliders of the explorers, and whole models
+(tools/bench_models.py). Times are medians of several runs, ours and the library's in turn.
 
     python -m tools.bench                everything
     python -m tools.bench nf4 sliders    only these: int8, nf4, packing, sliders, import, models
@@ -187,7 +187,7 @@ def bench_whole_models():
 
 
 def moves(panel):
-    """Milliseconds from each move of a control to the new picture, kernel side."""
+    """Milliseconds from each move of a control to the new picture, in the kernel."""
     start = panel.settings
     for name, control in panel.controls.items():
         for value in positions(control):
@@ -196,7 +196,7 @@ def moves(panel):
 
 
 def positions(control):
-    """Up to seven values of a control, from end to end, none of them the one it has."""
+    """Up to seven values of a control, from end to end, without its present value."""
     if options := getattr(control, "options", None):
         values = [option[1] if isinstance(option, tuple) else option for option in options]
     elif hasattr(control, "base"):
@@ -288,7 +288,7 @@ def layer_section(records):
 
 
 def models_section(records):
-    """Tokens per second of whole models, a row a format, from data/results.json."""
+    """Tokens per second of whole models, one row per format, from data/results.json."""
     record = records["bench/models"]
     small, large = record["smollm2-135m"], record["7B blocks"]
     rows = [
@@ -317,8 +317,8 @@ def models_section(records):
 
 
 def extra_memory(work):
-    """The bytes that `work` held at most beyond what was there before, result included."""
-    work()  # what stays allocated after the first call is not counted
+    """The most bytes that `work` allocated at a time, result included."""
+    work()  # memory that stays allocated after the first call is not counted
     with measure.memory() as used:
         kept = work()
     del kept
@@ -357,7 +357,7 @@ BENCHES = {
 def main(names):
     unknown = [name for name in names if name not in BENCHES]
     if unknown:
-        sys.exit(f"no bench called {', '.join(unknown)}; there are: {', '.join(BENCHES)}")
+        sys.exit(f"no benchmark named {', '.join(unknown)}; choose from {', '.join(BENCHES)}")
     print(f"{results.machine()}; a {SHAPE[0]} x {SHAPE[1]} matrix, medians")
     for name in names or BENCHES:
         BENCHES[name]()

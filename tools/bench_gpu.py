@@ -1,8 +1,8 @@
-"""`make bench-gpu`: the methods on a GPU; notebook 08 has the CPU's losses beside.
+"""`make bench-gpu`: the methods on a GPU; notebook 08 compares them with the CPU's losses.
 
-The embedded model: rows of the summary table, by the same protocol (tools/table.py), each made and
-measured on the GPU. And a model of Llama-2-7B's shape with random weights, one token at a time. All
-in one process; memory is what PyTorch has allocated.
+Measures rows of the summary table with the embedded model, by the same protocol (tools/table.py),
+each made and measured on the GPU; and a model of Llama-2-7B's shape with random weights, one token
+at a time. Everything runs in one process; memory is what PyTorch has allocated.
 
     python -m tools.bench_gpu
 """
@@ -82,7 +82,7 @@ def measure_row(name, source, tokenizer, tokens, logits):
 
 
 def large_model(device, shape):
-    """A Llama of that shape with random weights, in bfloat16, made where it will be."""
+    """A Llama of that shape with random weights, in bfloat16, made on the device."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -119,17 +119,17 @@ def bandwidth(device):
 
 
 def attempt(what, work, *arguments):
-    """What `work` measures, printed; or why it could not be: a library may lack a kernel."""
+    """The result of `work`, also printed; or its error, as a library may lack a kernel."""
     try:
         measured = work(*arguments)
-    except Exception as error:  # whatever a library does where it lacks a kernel
+    except Exception as error:  # libraries raise different errors if they lack a kernel
         measured = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
     print(f"{what:40}{measured}", flush=True)
     return measured
 
 
 def bench_table(device):
-    """The embedded model: row -> what `measure_row` returns."""
+    """The embedded model: row -> the result of `measure_row`."""
     source, tokenizer = models.load(MODEL, device=device)
     tokens = corpus.evaluation_tokens(tokenizer)
     return {
@@ -138,7 +138,7 @@ def bench_table(device):
 
 
 def bench_large(device):
-    """The large model: format -> what `measure_large` returns."""
+    """The large model: format -> the result of `measure_large`."""
     return {name: attempt(name, measure_large, name, device, LLAMA_2_7B) for name in LARGE}
 
 
@@ -184,13 +184,13 @@ def large_section(records):
 
 
 def _missing(records):
-    """What was not measured, and why: a table may not drop a row in silence."""
+    """The rows that could not be measured, and why, so that no row is dropped silently."""
     failed = [f"{name} ({each['failed']})" for name, each in records.items() if "failed" in each]
     return f" Not measured: {'; '.join(failed)}." if failed else ""
 
 
 def _measured(records, order):
-    """Those that the record has: an interrupted run, or a library without a kernel, has fewer."""
+    """The rows that the record has: fewer after an interrupted run, or if a kernel is missing."""
     found = [(name, records[name]) for name in order if name in records]
     return [(name, record) for name, record in found if "failed" not in record]
 

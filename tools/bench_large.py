@@ -1,13 +1,13 @@
-"""`make bench-large`: the command line on a billion parameters, and what 7B would cost.
+"""`make bench-large`: the command line on a billion parameters, and an estimate for 7B.
 
 Writes checkpoints with random weights in bfloat16, in several files: one of the shape of Llama 3.2
-1B (but for the vocabulary, which is the embedded model's), and one with two blocks of the shape of
-Llama 2 7B. Quantizes them with `python -m chapter13`, interrupts and kills it on the way, and
-watches its memory from outside: anonymous pages are what a run really adds; pages of mapped files
-are given back when others need the memory. Goes to data/results.json ("cli/...").
+1B (except for the vocabulary, which is the embedded model's), and one with two blocks of the shape
+of Llama 2 7B. Quantizes them with `python -m chapter13`, interrupts and kills some runs, and
+observes their memory from outside: anonymous pages are the memory that a run adds; pages of mapped
+files are freed when other programs need memory. The records in data/results.json are "cli/...".
 
     python -m tools.bench_large                     everything, in a temporary folder
-    python -m tools.bench_large gptq --work DIR     only this: example, absmax, gptq, seven
+    python -m tools.bench_large gptq --work DIR     only one stage: example, absmax, gptq, seven
 """
 
 import argparse
@@ -34,7 +34,7 @@ TARGET = "make bench-large"
 EXAMPLE = markdown.section("example", TARGET, "docs/package.md")
 LARGE = markdown.section("large", TARGET)
 SEVEN = markdown.section("seven", TARGET)
-SHAPES = {  # blocks, hidden size, of the MLP, heads, of them with keys and values of their own
+SHAPES = {  # blocks, hidden size, width of the MLP, heads, heads of keys and values
     "1b": (16, 2048, 8192, 32, 8),
     "7b": (2, 4096, 11008, 32, 32),
 }
@@ -42,7 +42,7 @@ BLOCKS_OF_7B = 32
 
 
 def make_checkpoint(folder, shape):
-    """A random model in bfloat16, two blocks a file; returns the number of its parameters."""
+    """A random model in bfloat16, two blocks per file; returns the number of its parameters."""
     from safetensors.torch import save_file
     from transformers import AutoTokenizer, LlamaConfig
 
@@ -102,22 +102,22 @@ def make_checkpoint(folder, shape):
 
 
 class Run:
-    """One run of the command line, watched until it ends or is ended."""
+    """One run of the command line, observed until it ends or is stopped."""
 
     def __init__(self, model, out, method, end=None):
-        """`end`: (signal, block) sends the signal when so many blocks are in their files."""
+        """`end`: (signal, count) sends the signal when that many blocks are in their files."""
         blocks = out.with_name(f"{out.name}.unfinished") / "blocks"
         command = [sys.executable, "-m", "chapter13", "quantize", str(model), str(out)]
         self.anonymous_mb = self.file_mb = self.total_mb = 0
         self.peaks: dict[int, int] = {}
-        """Largest anonymous memory while a block is under way, by its number."""
+        """Largest anonymous memory during a block, by the block's number."""
         self.seconds_at: dict[int, float] = {}
-        """Seconds from the start until so many blocks were in their files."""
+        """Seconds from the start until that many blocks were in their files."""
         start, cpu = time.perf_counter(), _cpu_seconds()
         process = subprocess.Popen(
             [*command, "--method", method],
             cwd=markdown.ROOT,
-            # a shell's background jobs ignore SIGINT, and so would this one
+            # background jobs of a shell ignore SIGINT; this process must not inherit that
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         while process.poll() is None:
@@ -144,7 +144,7 @@ class Run:
         self.seconds_at.setdefault(finished, seconds)
 
     def measured(self):
-        """The numbers that go on record."""
+        """The numbers to record."""
         times = [self.seconds_at[n] for n in sorted(self.seconds_at)]
         steps = [b - a for a, b in zip(times[1:], times[2:], strict=False)]
         return {
@@ -159,7 +159,7 @@ class Run:
 
 
 def _cpu_seconds():
-    """Of all processors together, by children that have ended."""
+    """CPU time of all children that have ended, over all processors."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
@@ -179,7 +179,7 @@ def size_mb(folder):
 
 
 def broken(model, out, method):
-    """Interrupted after a quarter of the blocks, killed after half, then let through."""
+    """Three runs: interrupted after a quarter of the blocks, killed after half, completed."""
     blocks = SHAPES["1b"][0]
     runs = [
         Run(model, out, method, (signal.SIGINT, blocks // 4)),
@@ -221,7 +221,7 @@ def bench_gptq(work):
 
 
 def bench_seven(work):
-    """Two blocks of a 7B model, measured; and 32 of them, by multiplication."""
+    """Two blocks of a 7B model, measured, and all 32 blocks, extrapolated."""
     model = checkpoint(work, "7b")
     measured = {}
     for method in ("gptq", "absmax"):
@@ -238,7 +238,7 @@ def bench_seven(work):
 
 
 def bench_example(work):
-    """The documented example: the embedded model by GPTQ, and what the evaluation prints."""
+    """The documented example: the embedded model by GPTQ, and the output of its evaluation."""
     run = Run("smollm2-135m", work / "smollm2-gptq", "gptq")
     assert run.code == 0
     command = [sys.executable, "-m", "chapter13", "evaluate", str(work / "smollm2-gptq")]
@@ -278,7 +278,7 @@ METHODS = {"absmax": "absmax", "gptq": "GPTQ, 16 x 256 tokens"}
 
 
 def example_section(records):
-    """What the two documented commands print, from data/results.json."""
+    """The output of the two documented commands, from data/results.json."""
     example = records["cli/example"]
     printed = "\n".join(example["printed"])
     where = markdown.where(example["environment"])
@@ -323,7 +323,7 @@ SECTIONS = {EXAMPLE: example_section, LARGE: large_section, SEVEN: seven_section
 
 
 def _blocks(one):
-    """Over all blocks but the first, which comes with loading, and the end, with writing."""
+    """Over all blocks except the first, which includes loading, and the end, which writes."""
     peaks = one["anonymous_mb_by_block"][1:-1]
     return f"{min(peaks)} to {max(peaks)}"
 
@@ -335,10 +335,10 @@ def _long(seconds):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
-    parser.add_argument("--work", type=Path, help="a folder for 9 GB; kept (default: temporary)")
+    parser.add_argument("--work", type=Path, help="folder for 9 GB, kept (default: temporary)")
     args = parser.parse_args(arguments)
     if unknown := set(args.stages) - set(STAGES):
-        parser.error(f"no stage called {', '.join(unknown)}; there are: {', '.join(STAGES)}")
+        parser.error(f"no stage named {', '.join(unknown)}; choose from {', '.join(STAGES)}")
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""`make bench`, the part on whole models: one token at a time, at batch 1, in each format.
+"""`make bench`, the part on whole models: one token at a time, at batch size 1, in each format.
 
 Two models: the embedded one, and two decoder blocks of Llama-2-7B's shape with random weights,
-which no cache holds. Every format is measured in a process of its own, so that its peak memory is
-its own. The bound: a token cannot come faster than the memory delivers the weights once.
+which do not fit into a cache. Each format is measured in its own process, to get its own peak
+memory. The bound on the time per token is the time in which the memory delivers all weights once.
 
     python -m tools.bench_models smollm2-135m NF4     one measurement, as JSON
 """
@@ -67,7 +67,7 @@ def build(name):
 
 
 def ms_per_token(model, count):
-    """The median time of `count` greedy tokens after a prompt, one sequence, in milliseconds."""
+    """The median time per token of `count` greedy tokens after a prompt, in milliseconds."""
     device = model.get_input_embeddings().weight.device
     ids = torch.arange(PROMPT, device=device)[None] + 100
     state = None
@@ -86,7 +86,7 @@ def ms_per_token(model, count):
 
 
 def measure_format(name, kind):
-    """{ms per token, MB of weights, MB at the peak while tokens come} of one model and format."""
+    """{ms per token, MB of weights, peak MB during generation, ...} of one model and format."""
     formats.silence_libraries()
     model = formats.make(formats.FORMATS[kind], build(name), None).model
     with measure.memory() as used:
@@ -114,14 +114,14 @@ def has_fused_kernel():
 def bandwidth():
     """GB/s at which this machine's memory delivers a float32 matrix that is only read.
 
-    A maximum does next to nothing with a number; a product in float32 is not as fast.
+    Measured with a maximum, which hardly computes anything; a float32 product is slower.
     """
     matrix = torch.randn(11008, 4096)
     return matrix.nbytes / measure.medians(matrix.amax, runs=9)[0] / 1e9
 
 
 def bench():
-    """All models in all formats: name -> format -> what `measure` returns, and the bound."""
+    """All models in all formats: name -> format -> result of `measure_format`, and the bound."""
     speed = bandwidth()
     print(f"memory: {speed:.1f} GB/s")
     measured = {"bandwidth_gb_per_s": round(speed, 1)}
@@ -130,7 +130,7 @@ def bench():
         for kind in MEASURED:
             if kind in FUSED_NF4 and not has_fused_kernel():
                 continue
-            # three processes, the median: one process may meet a busy moment
+            # the median of three processes: the machine may be busy during one of them
             runs = [
                 json.loads(
                     subprocess.run(
@@ -146,7 +146,7 @@ def bench():
             run["bound_ms"] = round(run["read_mb"] / speed, 1)
             measured[name][kind] = run
             print(
-                f"{name:13} {kind:44} {run['ms_per_token']:7.1f} ms a token, bound "
+                f"{name:13} {kind:44} {run['ms_per_token']:7.1f} ms per token, bound "
                 f"{run['bound_ms']:6.1f}   {run['weights_mb']:7.1f} MB, peak {run['peak_mb']} MB",
                 flush=True,
             )

@@ -1,7 +1,7 @@
-"""A private JupyterLab and a headless browser before it: for the browser test and the pictures.
+"""A private JupyterLab with a headless browser, for the browser test and the pictures.
 
-`jupyterlab(folder)` starts a server that sees nothing of the user's: no settings, no kernels of
-other environments, a free port on 127.0.0.1, a token of its own.
+`jupyterlab(folder)` starts a server that is isolated from the user's: without settings and kernels
+of other environments, on a free port of 127.0.0.1, with its own token.
 """
 
 import json
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"]
 MAC_CHROME = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
 FLAGS = [
-    "--no-sandbox",  # a container's root has none
+    "--no-sandbox",  # root in a container cannot have one
     "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
@@ -42,13 +42,13 @@ NOTEBOOK = "window.jupyterapp?.shell?.currentWidget"
 
 
 class NoBrowser(Exception):
-    """There is no Chromium or Chrome here."""
+    """No Chromium or Chrome was found."""
 
 
 def launch(playwright):
-    """A headless browser: the Chromium or Chrome that is installed, or else Playwright's own.
+    """A headless browser: the installed Chromium or Chrome, or else Playwright's own.
 
-    Raises NoBrowser, saying how to get one.
+    Raises NoBrowser, which says how to get one.
     """
     paths = [*map(shutil.which, NAMES), MAC_CHROME, playwright.chromium.executable_path]
     for path in paths:
@@ -61,11 +61,11 @@ def launch(playwright):
 
 
 def wait_for(condition, what, seconds=60):
-    """The first true answer of `condition`, asked again and again. Raises TimeoutError."""
+    """Calls `condition` until its result is true, and returns it. Raises TimeoutError."""
     end = time.monotonic() + seconds
     while not (answer := condition()):
         if time.monotonic() > end:
-            raise TimeoutError(f"waited {seconds} s in vain for {what}")
+            raise TimeoutError(f"waited {seconds} s for {what}, without success")
         time.sleep(0.05)
     return answer
 
@@ -78,7 +78,7 @@ class Lab:
     token: str
 
     def api(self, path, method="GET"):
-        """The server's answer to a REST call; None where it has no content."""
+        """The server's answer to a REST call; None if it has no content."""
         request = urllib.request.Request(
             f"{self.url}/api/{path}",
             method=method,
@@ -95,7 +95,7 @@ class Lab:
             return None
 
     def session(self, name):
-        """The session of an open notebook; None where it has none."""
+        """The session of an open notebook; None if it has none."""
         return next((each for each in self.api("sessions") if each["path"] == name), None)
 
     def open(self, page, name):
@@ -103,7 +103,7 @@ class Lab:
         page.goto(f"{self.url}/lab/tree/{name}?token={self.token}&reset")
         page.wait_for_function(f"{NOTEBOOK}?.content?.widgets?.length > 0", timeout=60_000)
 
-        def connected():  # cells that are run before that are silently not run
+        def connected():  # before that, JupyterLab ignores the command to run cells
             session = self.session(name)
             return session and session["kernel"]["connections"] > 0
 
@@ -126,7 +126,7 @@ class Lab:
 
 @contextmanager
 def jupyterlab(folder):
-    """A Lab on the notebooks in `folder`, which it may write to; shut down at the end."""
+    """A Lab on the notebooks in `folder`, which it may change; it is shut down at the end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -141,7 +141,7 @@ def jupyterlab(folder):
         env = os.environ | {name: os.path.join(private, name.lower()) for name in PRIVATE}
         env["JUPYTER_CONFIG_PATH"] = str(ROOT / "tools" / "jupyter")  # as `make lab` has it
         env["OMP_NUM_THREADS"] = (
-            "1"  # on few cores torch's threads and the browser hinder each other
+            "1"  # on few cores torch's threads and the browser slow each other down
         )
         log = Path(private, "log")
         with log.open("wb") as out:

@@ -1,8 +1,8 @@
 """The registry: every model in a format that this project measures, and how it is made.
 
-A format names one of the makers below and gives it options. A new method is a new maker, or an old
-one with other options; a new format is one line in TABLE, STUDIES or KERNELS. tools/table.py
-measures the first two, `make bench` and `make bench-gpu` pick theirs by name.
+A format names one of the makers below and its options. A new method is a new maker, or an old one
+with other options; a new format is one line in TABLE, STUDIES or KERNELS. tools/table.py measures
+the first two; `make bench` and `make bench-gpu` choose theirs by name.
 """
 
 import logging
@@ -37,28 +37,28 @@ class Format:
     """A model in some format. `maker` is a key of MAKERS, with its options."""
 
     name: str
-    family: str  # formats that differ in bits or group size alone
+    family: str  # formats that differ only in bits or group size
     maker: str
     options: dict = field(default_factory=dict)
-    packages: tuple[str, ...] = ()  # whose versions matter, beside torch and transformers
+    packages: tuple[str, ...] = ()  # whose versions matter, besides torch and transformers
     sequences: int = corpus.EVALUATION[0]  # of the evaluation tokens
 
 
 @dataclass
 class QuantizedModel:
-    """A quantized model, and what is known of how it came about."""
+    """A quantized model, and the cost of making it."""
 
     model: nn.Module
     bits_per_weight: float | None = None  # None: from the bytes that the model holds
     size_mb: float | None = None  # the same
-    runs: bool = True  # False: the format's own kernel is not at hand, its speed not measured
+    runs: bool = True  # False: the format's own kernel is missing, so its speed is not measured
     seconds: float | None = None  # None: the time that the maker took
     peak_mb: float | None = None
-    versions: dict = field(default_factory=dict)  # of an environment of its own
+    versions: dict = field(default_factory=dict)  # of a separate environment
 
 
 def make(kind: Format, model, tokenizer, device=measure.CPU) -> QuantizedModel:
-    """The model in a format, with what that cost; `model` itself may be changed."""
+    """The model in a format, with the cost of making it; `model` itself may be changed."""
     made = []
     with measure.memory(device) as used:
         seconds = measure.seconds(
@@ -75,7 +75,7 @@ def make(kind: Format, model, tokenizer, device=measure.CPU) -> QuantizedModel:
 
 
 def silence_libraries():
-    """torchao's and bitsandbytes' hints on kernels that are not there."""
+    """Silences torchao's and bitsandbytes' hints on missing kernels."""
     silence_torchao()
     for logger in BITSANDBYTES_NOISE:
         logging.getLogger(logger).setLevel(logging.ERROR)
@@ -463,8 +463,8 @@ STUDIES += [
     for damp in (0.001, 0.05, 0.1, 0.5)
 ]
 """Records for notebook 06: GPTQ with clip search after 1 to 128 sequences of two kinds of text (16
-of news are in the table), GPTQ with its 16 sequences in other orders; the parts of GPTQ one by one:
-the clip search alone, the paper's order of the columns, other dampings than the table's .01. For
+of news are in the table); GPTQ with its 16 sequences in other orders; the parts of GPTQ one by one:
+the clip search alone, the paper's column order, dampings other than the table's 0.01. Records for
 notebook 09: AWQ with little text. Only quality is measured."""
 
 KERNELS = [

@@ -1,13 +1,13 @@
 """Coverage-guided fuzzing of the GGUF reader: `make fuzz`.
 
 Atheris runs libFuzzer on Python: it mutates files, keeps those that reach new code, and stops at
-the first one that raises anything but a ValueError which names a byte, takes more than 5 seconds or
-too much memory. A file that is read is also written and read again, and must come back the same.
+the first file that raises anything except a ValueError that names a byte, takes more than 5 seconds
+or uses too much memory. A valid file is also written and read again, and must be the same.
 
-    python tools/fuzz_gguf.py -max_total_time=300 FOUND CORPUS      search; FOUND gets what is new
-    python tools/fuzz_gguf.py -merge=1 NEW FOUND CORPUS             the fewest that reach all code
+    python tools/fuzz_gguf.py -max_total_time=300 FOUND CORPUS      search; FOUND gets new files
+    python tools/fuzz_gguf.py -merge=1 NEW FOUND CORPUS             fewest files that reach all code
 
-Options are libFuzzer's own. Needs atheris, which `make fuzz` puts into a folder of its own.
+Options are libFuzzer's own. Needs atheris, which `make fuzz` installs into a separate folder.
 """
 
 import re
@@ -38,7 +38,7 @@ def one_input(data: bytes) -> None:
         if tensor.kind in gguf_blocks.PLAIN | gguf_blocks.DECODERS:
             tensor.dequantize()
     if metadata.get("general.alignment", 0) > 1 << 16:
-        return  # sound, but each tensor of the copy would be padded to that
+        return  # valid, but each tensor of the copy would be padded to that
     gguf_file.write(COPY, metadata, tensors)
     again, places = gguf_file.parse(memoryview(COPY.read_bytes()))
     assert list(again) == list(metadata)
@@ -49,7 +49,7 @@ def one_input(data: bytes) -> None:
 
 
 def same(first, second) -> bool:
-    """Equal, NaN included."""
+    """Whether both are equal, including NaN."""
     if isinstance(first, (np.ndarray, np.generic)):
         return first.dtype == second.dtype and first.tobytes() == second.tobytes()
     return first == second

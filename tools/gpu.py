@@ -1,4 +1,4 @@
-"""What `make test-gpu` and `make bench-gpu` ask first: has PyTorch a GPU, and if not, why?"""
+"""For `make test-gpu` and `make bench-gpu`: whether PyTorch has a GPU, and if not, why."""
 
 import sys
 
@@ -8,7 +8,7 @@ from chapter13.models import find_device
 
 
 def find(otherwise):
-    """The GPU. Where there is none, raises SystemExit with the reason and the words `otherwise`."""
+    """The GPU. If there is none, raises SystemExit with the reason and the sentence `otherwise`."""
     try:
         return find_device("cuda")
     except ValueError as error:

@@ -2,8 +2,8 @@
 
     python tools/lab.py [NOTEBOOK] [JUPYTERLAB OPTION...]
 
-`make lab` calls this; where there is no make it is the last of three commands. JupyterLab
-listens on 127.0.0.1 with a token and prints its address, for machines without a browser.
+`make lab` calls this; without make it is the last of three commands. JupyterLab listens on
+127.0.0.1 with a token and prints its address, for machines without a browser.
 """
 
 import os
@@ -23,18 +23,18 @@ def lab_command(arguments):
     if not notebook.is_file() or ROOT not in notebook.parents:
         raise SystemExit(f"no notebook of the course at {notebook}")
     command = [sys.executable, "-m", "jupyterlab"]
-    # as default address, since a plain file name is opened but left out of the printed address
+    # as the default address: a plain file name would be opened, but not be in the printed address
     command.append(f"--LabApp.default_url=/lab/tree/{notebook.relative_to(ROOT).as_posix()}")
     command += [f"--ServerApp.root_dir={ROOT}", "--ServerApp.ip=127.0.0.1"]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
-        command.append("--allow-root")  # a container's usual user; Jupyter refuses it otherwise
+        command.append("--allow-root")  # the usual user in a container; else Jupyter refuses it
     return command + arguments
 
 
 def main():
     fetched = subprocess.run([sys.executable, "-m", "chapter13.fetch"], cwd=ROOT)
     if fetched.returncode:
-        return fetched.returncode  # the download has said what is wrong
+        return fetched.returncode  # the download has printed the error
     # switches off the news and update pop-ups, in this server only
     paths = [str(ROOT / "tools" / "jupyter"), os.environ.get("JUPYTER_CONFIG_PATH")]
     os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join(filter(None, paths))

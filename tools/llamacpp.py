@@ -1,12 +1,13 @@
-"""Our GGUF files in llama.cpp, beside the same weights in torch: `make llama`.
+"""`make llama`: our GGUF files in llama.cpp, compared with the same weights in torch.
 
-Writes the embedded model in each format, lets llama.cpp (in an environment of its own, see
-tools/peers/llamacpp.py) predict evaluation tokens and continue them, and does the same in torch
-with the weights that transformers dequantizes from the very file. Records both in
-data/results.json, and llama.cpp's log-probabilities in tests/llamacpp.json for the tests.
+Writes the embedded model in each format. llama.cpp (in its own environment, see
+tools/peers/llamacpp.py) predicts evaluation tokens and continues them; torch does the same with the
+weights that transformers dequantizes from the same file. Records both in data/results.json, and
+llama.cpp's log-probabilities in tests/llamacpp.json for the tests.
 
-What differs: llama.cpp quantizes each linear layer's inputs to Q8_0 too, to multiply integers.
-`quantized_inputs` does the same in torch, so that the size of its effect can be measured alone.
+There is one difference: llama.cpp also quantizes the inputs of each linear layer to Q8_0, to
+multiply integers. `quantized_inputs` does the same in torch, so that this effect can be measured
+alone.
 """
 
 import json
@@ -42,7 +43,7 @@ def keys():
 
 @contextmanager
 def quantized_inputs(model: nn.Module):
-    """Inside, what enters each linear layer is rounded to Q8_0 first, as in llama.cpp."""
+    """Inside the `with` block, inputs of linear layers are rounded to Q8_0, as in llama.cpp."""
 
     def rounded(_, inputs):
         return (quantize(inputs[0], "Q8_0").dequantize(),)
@@ -74,13 +75,13 @@ def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tenso
 
 
 def median_kl(reference: torch.Tensor, logits: torch.Tensor) -> float:
-    """In nats, over all positions. A median, because few positions turn on the last bit."""
+    """The median KL over all positions, in nats: a few positions depend on the last bit."""
     p, q = (torch.log_softmax(each.double(), -1) for each in (reference, logits))
     return (p.exp() * (p - q)).sum(-1).median().item()
 
 
 def run_llamacpp(path: Path, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logits, tokens written) of llama.cpp."""
+    """(logits, generated tokens) of llama.cpp."""
     given, output = path.with_suffix(".npy"), path.with_suffix(".npz")
     np.save(given, tokens.numpy())
     driver = ROOT / "tools" / "peers" / "llamacpp.py"
@@ -90,7 +91,7 @@ def run_llamacpp(path: Path, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 def measure(path: Path, tokens: torch.Tensor) -> tuple[dict, torch.Tensor]:
-    """(what is recorded of a file, llama.cpp's log-probabilities of the tokens)."""
+    """(the record of a file, llama.cpp's log-probabilities of the tokens)."""
     theirs, their_text = run_llamacpp(path, tokens)
     model = load(path)
     with torch.inference_mode():
@@ -118,7 +119,7 @@ def measure(path: Path, tokens: torch.Tensor) -> tuple[dict, torch.Tensor]:
 
 
 def table_section(records: dict) -> str:
-    """The table of llama.cpp beside torch, from data/results.json."""
+    """The table that compares llama.cpp with torch, from data/results.json."""
     rows = [
         (
             "file",
@@ -153,7 +154,7 @@ def table_section(records: dict) -> str:
 
 def main() -> None:
     if not PEER.exists():
-        raise SystemExit("llama.cpp is not there: run `make llama`")
+        raise SystemExit("llama.cpp is not installed: run `make llama`")
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -1,7 +1,7 @@
 """Generated sections of README.md and docs/*.md: tables between two comments.
 
-Only tables, and a line on machine and date, are generated; the sentences around them are written by
-hand.
+Only tables, and a line with machine and date, are generated; the sentences around them are written
+by hand.
 
     SECTION = markdown.section("speed", "make bench")
     markdown.write(SECTION, text)
@@ -30,7 +30,7 @@ def section(name: str, command: str, file: str = "docs/measurements.md") -> Sect
 
 
 def read(section: Section) -> str:
-    """What is in a section. Raises ValueError if the file has lost its comments."""
+    """The text of a section. Raises ValueError if the file has lost its comments."""
     return _parts(section)[1]
 
 
@@ -42,7 +42,7 @@ def write(section: Section, text: str) -> None:
 
 
 def table(rows) -> str:
-    """Rows of strings, the head first, as a Markdown table."""
+    """Rows of strings, the header first, as a Markdown table."""
     head, *rest = rows
     lines = [head, ("---",) * len(head), *rest]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

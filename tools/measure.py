@@ -1,11 +1,11 @@
-"""How the measuring programs take time and memory.
+"""Measures time and memory, for all measuring programs.
 
-    seconds(work)                the time of one call, until the device has done it
-    medians(ours, theirs)        median times of several, called in turn
-    with memory() as used: ...   the bytes held before, and the peak while it ran
+    seconds(work)                the time of one call, until the device has finished
+    medians(ours, theirs)        median times of several functions, called in turn
+    with memory() as used: ...   the bytes held before the block, and the peak in it
 
-On a CPU memory is that of this process, as Linux counts it; on a GPU what PyTorch has allocated
-there.
+On a CPU this is the memory of the process, as Linux counts it; on a GPU the memory that PyTorch has
+allocated there.
 """
 
 import gc
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def wait(device):
-    """Wait until a GPU has finished; a CPU always has."""
+    """Wait until a GPU has finished; a CPU always has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -47,7 +47,7 @@ def medians(*sides, runs=5, device=CPU):
 
 @dataclass
 class Memory:
-    """Bytes held before a piece of work, and at most during it: what was there before included."""
+    """Bytes held before a piece of work, and the peak during it, which includes these."""
 
     before: int
     peak: int = 0
@@ -77,6 +77,6 @@ def memory(device=CPU):
 
 
 def process_bytes(field, process="self"):
-    """A size that Linux reports of a process: VmRSS now, VmHWM at most, RssAnon, RssFile."""
+    """A size that Linux reports for a process: VmRSS (now), VmHWM (peak), RssAnon or RssFile."""
     status = Path(f"/proc/{process}/status").read_text()
     return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024

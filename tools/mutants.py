@@ -1,19 +1,19 @@
 """`make mutants`: break the arithmetic in many small ways and count what the tests notice.
 
 mutmut changes one thing at a time in a module and runs the module's own tests, those of MODULES.
-The counts and the survivors go to tests/mutants.md, module by module. A count is current as long
-as the code of the module and of its tests is the same; comments and docstrings may change. Only
-modules without a current count are run, and a run that was stopped is continued: each result is
-stored in mutants/ when it is known. Where tests were only added, the survivors alone are tried
-again. Stop a run rather than suspend it: time passes, and the mutants under test when it is
-suspended would be taken for endless loops.
+The counts and the survivors are written to tests/mutants.md, module by module. A count is current
+as long as the code of the module and of its tests is the same; comments and docstrings may change.
+Only modules without a current count are run, and a stopped run resumes: each result is stored in
+mutants/ as soon as it is known. If tests were only added, only the survivors are tried again. Stop
+a run, do not suspend it: the clock goes on, and the mutants under test would count as endless
+loops.
 
     python -m tools.mutants               every module whose count is not current
     python -m tools.mutants gptq awq      these alone
 
-It fails if a module has fewer killed than it needs, or a survivor without a reason. To explain a
+It fails if too few mutants of a module are killed, or if a survivor has no reason. To explain a
 survivor, replace its "?" in tests/mutants.md by the reason why no test can or should notice it, or
-write the test. Reasons are kept as long as the change they explain survives.
+write the test. Reasons are kept as long as the change that they explain survives.
 """
 
 import argparse
@@ -68,13 +68,13 @@ MODULES = {
         "whole_model/test_linear.py::test_paths_without_an_int8_kernel",
     ],
 }
-"""Each module of arithmetic, and the tests that have to notice when it is wrong."""
+"""Each module of arithmetic, and the tests that must notice when it is wrong."""
 
 FIRST = ("packing", "tensors", "integer", "codebook", "measures")
 
 
 def enough(module):
-    """The share of a module's mutants that the tests have to kill."""
+    """The share of a module's mutants that the tests must kill."""
     return 0.95 if module in FIRST else 0.9
 
 
@@ -137,19 +137,19 @@ def source_of(module):
 
 
 def tests_of(module):
-    """The files in which a module's tests are."""
+    """The files that contain a module's tests."""
     return sorted({TESTS / name.partition("::")[0] for name in MODULES[module]})
 
 
 def fingerprint(module):
-    """Of the code of a module and of its tests."""
+    """A digest of the code of a module and of its tests."""
     parts = [MODULES[module]]
     parts += [syntax.code(path) for path in (source_of(module), *tests_of(module))]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
 def state_of(module, counts):
-    """Why a module's count says nothing about today's code; None if it does."""
+    """Why a module's count is not valid for today's code; None if it is."""
     if module not in counts:
         return "not counted yet"
     if counts[module].fingerprint != fingerprint(module):
@@ -202,7 +202,7 @@ def write_report(counts, survivors, reasons):
 
 
 def problems(module, count, survivors, reasons):
-    """What is not as it should be with a module's count, in words."""
+    """The problems of a module's count, as sentences."""
     found = []
     own = [one for one in survivors if one.module == module]
     if count.share < enough(module):
@@ -218,7 +218,7 @@ def problems(module, count, survivors, reasons):
 
 
 def mutmut(folder, *arguments, read=False):
-    """Runs a mutmut command in a folder; what it prints, if that is to be read."""
+    """Runs a mutmut command in a folder; returns its output if `read`."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "HYPOTHESIS_PROFILE": "mutants",  # fewer examples, see tests/conftest.py
@@ -242,9 +242,10 @@ def mutmut(folder, *arguments, read=False):
 
 
 def mutmut_itself(arguments):
-    """mutmut, but a file of results is replaced as a whole: it may be stopped at any moment.
+    """mutmut with two changes.
 
-    And the quick tests are run first: most mutants are killed by many.
+    Its result files are written atomically, so it may be stopped at any moment; and quick tests run
+    first, because many tests kill most mutants.
     """
     from mutmut.__main__ import cli
     from mutmut.mutation.data import SourceFileMutationData
@@ -272,13 +273,13 @@ def mutmut_itself(arguments):
 
 
 def outcomes(folder):
-    """mutant -> what became of it."""
+    """mutant -> its outcome."""
     text = mutmut(folder, "results", "--all", "true", read=True)
     return dict(re.findall(r"^\s+(chapter13\.\S+): (.+)$", text, re.M))
 
 
 def change(folder, mutant):
-    """What a mutant changed: a Survivor."""
+    """The change of a mutant, as a Survivor."""
     difference = mutmut(folder, "show", mutant, read=True).splitlines()
     removed = [line[1:].strip() for line in difference if re.match(r"-(?!--)", line)]
     added = [line[1:].strip() for line in difference if re.match(r"\+(?!\+\+)", line)]
@@ -292,7 +293,7 @@ def run(module, folder):
     """Tries all mutants of a module, in a folder with mutmut's settings for it.
 
     The results of an earlier run are kept, unless the module has changed since, or a test has
-    changed or gone: what that test killed might survive now.
+    changed or gone: mutants that this test killed might survive now.
     """
     state = {
         "code": [SETTINGS, syntax.code(source_of(module))],

@@ -1,12 +1,12 @@
-"""Keep the notebooks in order: execute them, check them, bring them back as they came.
+"""Execute the notebooks, check them, or restore their original versions.
 
     python tools/notebooks.py rerun [NOTEBOOK...]   execute top to bottom and store the outputs
-    python tools/notebooks.py check [NOTEBOOK...]   say what is wrong with stored notebooks
-    python tools/notebooks.py reset                 back to git's; yours are kept as my_*.ipynb
+    python tools/notebooks.py check [NOTEBOOK...]   list the problems of stored notebooks
+    python tools/notebooks.py reset                 restore git's version; keep yours as my_*.ipynb
 
-Without names all numbered notebooks are meant. What `rerun` stores holds nothing that changes
-from run to run (widget ids, times, versions), so that two runs give the same bytes. nbval holds
-the stored outputs against new ones (`make test`); `check` looks at what nbval does not see.
+Without names, the commands apply to all numbered notebooks. `rerun` stores nothing that changes
+from run to run (widget ids, times, versions), so that two runs give the same bytes. nbval compares
+the stored outputs with new ones (`make test`); `check` finds problems that nbval does not see.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def read(path):
 
 
 def write(notebook, path):
-    """Write the notebook in one step: whoever reads `path` meanwhile sees the old or the new."""
+    """Write the notebook atomically: a reader of `path` sees the old one or the new one."""
     with replacing(path) as part:
         part.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8", newline="\n")
 
@@ -86,7 +86,7 @@ def execute(path):
 
 
 def normalize(notebook):
-    """Take out of an executed notebook, in place, what differs between two runs; returns it."""
+    """Remove from an executed notebook, in place, what differs between two runs; returns it."""
     language = notebook.metadata.get("language_info", {"name": "python"})
     language.pop("version", None)
     kept = {key: notebook.metadata[key] for key in ("rise", "title") if key in notebook.metadata}
@@ -104,9 +104,9 @@ def normalize(notebook):
 def stored_outputs(outputs):
     """Outputs without widget views, with the pieces of one stream joined.
 
-    How a stream is cut into pieces depends on timing, a widget's id is random; the picture and
-    the text beside a widget's view stay. stderr stays too: `check` reports it, since nbval would
-    stumble over it.
+    How a stream is cut into pieces depends on timing, and a widget's id is random; the picture and
+    the text beside a widget's view stay. stderr stays too, so that `check` reports it, because it
+    would make nbval fail.
     """
     previous = None
     for output in outputs:
@@ -126,7 +126,7 @@ def stored_outputs(outputs):
 
 
 def rerun(paths):
-    """Execute and store each notebook; one that fails is left unchanged. 1 if any fails."""
+    """Execute and store each notebook; one that fails is left unchanged. Returns 1 if any fails."""
     failed = 0
     for path in paths:
         try:
@@ -138,7 +138,7 @@ def rerun(paths):
         write(notebook, path)
         wrong = output_problems(notebook)
         if wrong:
-            print(f"{path.name}: stored, but", *wrong, sep="\n  ", file=sys.stderr)
+            print(f"{path.name}: stored, with problems:", *wrong, sep="\n  ", file=sys.stderr)
             failed += 1
     return 1 if failed else 0
 
@@ -155,7 +155,7 @@ def named(index, cell):
 
 
 def escapes_nbval(cell):
-    """Whether a tag or a comment keeps nbval from comparing all that this cell gives."""
+    """Whether a tag or a comment keeps nbval from comparing all outputs of this cell."""
     tags = set(cell.metadata.get("tags", []))
     tagged = {tag for tag in tags if tag.startswith("nbval-")} - {"nbval-check-output"}
     commented = re.search(r"^\s*#\s*(NBVAL_|PYTEST_VALIDATE_)", cell.source, re.MULTILINE)
@@ -163,7 +163,7 @@ def escapes_nbval(cell):
 
 
 def problems(path):
-    """What is wrong with the notebook stored at `path`: a list of sentences, empty when fit."""
+    """The problems of the notebook stored at `path`: a list of sentences, perhaps empty."""
     path = Path(path)
     notebook = read(path)
     found = output_problems(notebook) + metadata_problems(notebook) + shape_problems(notebook)
@@ -176,7 +176,7 @@ def problems(path):
 
 
 def output_problems(notebook):
-    """Cells not executed in order, errors, stderr, widget views, pictures without words."""
+    """Cells not executed in order, errors, stderr, widget views, pictures without alt text."""
     found = []
     expected = count(1)
     for index, cell in enumerate(notebook.cells):
@@ -207,12 +207,12 @@ def output_problems(notebook):
 
 
 def metadata_problems(notebook):
-    """Metadata that an editor left behind, and slides without a role."""
+    """Metadata that an editor added, and cells without a slide role."""
     found = [f"metadata {key!r}" for key in sorted(set(notebook.metadata) - NOTEBOOK_METADATA)]
     if notebook.metadata.get("kernelspec", {}).get("name") != "python3":
         found.append("the kernel is not python3")
     if "version" in notebook.metadata.get("language_info", {}):
-        found.append("metadata holds the version of Python that ran it")
+        found.append("the metadata contains the version of Python that ran it")
     for index, cell in enumerate(notebook.cells):
         where = named(index, cell)
         for key in sorted(set(cell.metadata) - CELL_METADATA):
@@ -224,7 +224,7 @@ def metadata_problems(notebook):
 
 
 def shape_problems(notebook):
-    """The pace: short cells, a picture soon."""
+    """Cells that are too long, or a first picture that comes too late."""
     found = []
     code = [(index, cell) for index, cell in enumerate(notebook.cells) if is_code(cell)]
     if not code:
@@ -247,7 +247,7 @@ def shape_problems(notebook):
 
 
 def text_problems(notebook):
-    """The opening that says what for, how long and with what; the ending that says what next."""
+    """An opening without aim, minutes or needs; an ending without takeaways, exercises, papers."""
     found = []
     cells = notebook.cells
     first_code = next((i for i, cell in enumerate(cells) if is_code(cell)), len(cells))
@@ -272,7 +272,7 @@ def text_problems(notebook):
 
 
 def anchors(notebook):
-    """The ids that Jupyter gives to headings: the text as it stands, with dashes for spaces."""
+    """The ids that Jupyter gives to headings: their text with dashes for spaces."""
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     return {
         heading.strip().replace("`", "").replace("*", "").replace(" ", "-")
@@ -281,7 +281,7 @@ def anchors(notebook):
 
 
 def link_problems(notebook, path):
-    """Links to a file or a heading that is not there; addresses on the web are not followed."""
+    """Links to a file or a heading that does not exist; web addresses are not followed."""
     found = []
     for index, cell in enumerate(notebook.cells):
         if cell.cell_type != "markdown":
@@ -292,7 +292,7 @@ def link_problems(notebook, path):
             name, _, anchor = target.partition("#")
             file = path.parent / name if name else path
             if not file.exists():
-                found.append(f"{named(index, cell)} links to {name}, which is not there")
+                found.append(f"{named(index, cell)} links to {name}, which does not exist")
             elif anchor and file.suffix == ".ipynb":
                 if anchor not in anchors(notebook if file == path else read(file)):
                     found.append(f"{named(index, cell)} links to {target}: no such heading")
@@ -305,7 +305,7 @@ def title(path):
 
 
 def navigation(path):
-    """The last cell of a numbered notebook: the way to the ones before and after it."""
+    """The last cell of a numbered notebook: links to the notebooks before and after it."""
     course = numbered()
     place = course.index(path)
     links = [("Before", other) for other in course[:place][-1:]]
@@ -315,14 +315,14 @@ def navigation(path):
 
 
 def navigation_problems(notebook, path):
-    """A notebook of the course whose last cell does not lead on."""
+    """A notebook of the course whose last cell is not `navigation`."""
     if path not in numbered() or notebook.cells[-1].source == navigation(path):
         return []
     return [f"the last cell should be: {navigation(path)}"]
 
 
 def check(paths):
-    """Print the problems of each notebook; 1 when there are any."""
+    """Print the problems of each notebook. Returns 1 if there are any."""
     total = 0
     for path in paths:
         found = problems(path)
@@ -337,17 +337,17 @@ def check(paths):
 
 
 def git(root, *arguments):
-    """What git prints, as bytes. Raises CalledProcessError, or FileNotFoundError without git."""
+    """git's output, as bytes. Raises CalledProcessError, or FileNotFoundError without git."""
     done = subprocess.run(["git", "-C", root, *arguments], check=True, capture_output=True)
     return done.stdout
 
 
 def content(raw):
-    """What a notebook, as bytes, says and shows: its cells without the order they were run in.
+    """The cells of a notebook, given as bytes, without their execution counts.
 
-    Merely saving a notebook in JupyterLab changes the file: it adds Python's version and, once
-    the cells have run, the widgets' ids. What is no notebook is compared as text, whose line ends
-    git may have made Windows'.
+    Merely saving a notebook in JupyterLab changes the file: it adds Python's version and, if the
+    cells have run, the widgets' ids. A file that is not a notebook is returned as bytes with Unix
+    line ends, because git may have changed these to Windows'.
     """
     try:
         cells = normalize(nbformat.reads(raw.decode(), as_version=4)).cells
@@ -359,9 +359,9 @@ def content(raw):
 
 
 def reset(root=ROOT):
-    """Bring back the numbered notebooks of the last commit, keeping changed ones as my_*.ipynb.
+    """Restore the numbered notebooks of the last commit, and keep changed ones as my_*.ipynb.
 
-    The copy is whole before the notebook is replaced, and both steps are atomic: an interrupted
+    The copy is complete before the notebook is replaced, and both steps are atomic: an interrupted
     reset loses nothing and can be run again.
     """
     folder = Path(root) / "notebooks"
@@ -375,8 +375,8 @@ def reset(root=ROOT):
     names = sorted(Path(name).name for name in listed if Path(name).match(NUMBERED))
     if not names:
         print(
-            f"reset needs a clone made by git, and {root} is none; nothing was changed.\n"
-            "Unpack the course afresh beside this folder instead.",
+            f"reset needs a clone made by git, and {root} is not one; nothing was changed.\n"
+            "Unpack the course again beside this folder instead.",
             file=sys.stderr,
         )
         return 1
@@ -386,19 +386,19 @@ def reset(root=ROOT):
         if path.exists():
             if content(path.read_bytes()) == content(original):
                 continue
-            print(f"{path.name} is as it came again; yours is {keep(path).name}")
+            print(f"{path.name} is restored; your version is {keep(path).name}")
         else:
-            print(f"{path.name} was gone and is back")
+            print(f"{path.name} was missing and is restored")
         with replacing(path) as part:
             part.write_bytes(original)
         changed += 1
     if not changed:
-        print("All notebooks are as they came.")
+        print("All notebooks are unchanged: nothing to restore.")
     return 0
 
 
 def keep(path):
-    """Copy the notebook to the first free my_<name>_<n>.ipynb beside it; returns that path."""
+    """Copy the notebook to the first free name my_<name>_<n>.ipynb; returns the copy's path."""
     copies = (path.with_name(f"my_{path.stem}_{n}.ipynb") for n in count(1))
     free = next(copy for copy in copies if not copy.exists())
     with replacing(free) as part:
@@ -411,14 +411,14 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=["rerun", "check", "reset"])
-    parser.add_argument("notebooks", nargs="*", type=Path, help="all numbered ones if not given")
+    parser.add_argument("notebooks", nargs="*", type=Path, help="default: all numbered notebooks")
     arguments = parser.parse_args()
     for path in arguments.notebooks:
         if not path.is_file():
             parser.error(f"no notebook at {path}")
     if arguments.command == "reset":
         if arguments.notebooks:
-            parser.error("reset takes no names: it brings back every notebook that was changed")
+            parser.error("reset takes no names: it restores every notebook that was changed")
         sys.exit(reset())
     paths = arguments.notebooks or numbered()
     sys.exit({"rerun": rerun, "check": check}[arguments.command](paths))

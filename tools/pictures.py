@@ -1,9 +1,9 @@
-"""`make pictures`: the README's moving picture, taken from an explorer in a running JupyterLab.
+"""`make pictures`: the README's animated picture of an explorer in a running JupyterLab.
 
     python -m tools.pictures
 
 Runs a copy of notebook 01 in a headless browser, moves the sliders of its explorer by keyboard, and
-writes what is seen to data/explorer.png, an animated PNG. Needs Chromium or Chrome.
+writes screenshots to data/explorer.png, an animated PNG. Needs Chromium or Chrome.
 """
 
 import io
@@ -20,7 +20,7 @@ from tools.browser import ROOT, explorer, jupyterlab, launch, wait_for
 NOTEBOOK = "01_absmax_int8.ipynb"
 TARGET = ROOT / "data" / "explorer.png"
 MOST_BYTES = 1_500_000
-# (slider, key, times, milliseconds of each picture); without a time it is not shown
+# (slider, key, times, milliseconds of each picture); with 0 milliseconds it is not shown
 STORY = [
     ("outlier", "Home", 1, 0),
     ("bits", "End", 1, 1500),
@@ -33,7 +33,7 @@ STORY = [
 
 
 def frames(page, panel):
-    """(picture, milliseconds) after each key of the story, each when the panel has answered."""
+    """(picture, milliseconds) after each key of the story, when the panel has been updated."""
     readout = panel.locator(".widget-html-content")
     for slider, key, times, milliseconds in STORY:
         row = panel.locator(".widget-hslider").filter(has_text=slider)
@@ -44,15 +44,15 @@ def frames(page, panel):
             try:
                 wait_for(lambda: readout.inner_text() != before, "a new readout", 2)  # noqa: B023
             except TimeoutError:
-                pass  # the slider stood at its end already
-            page.wait_for_timeout(100)  # the picture follows the readout
+                pass  # the slider was already at its end
+            page.wait_for_timeout(100)  # the picture is updated after the readout
             if milliseconds:
                 picture = Image.open(io.BytesIO(panel.screenshot())).convert("RGB")
                 yield picture, milliseconds
 
 
 def animate(pictures, milliseconds, path):
-    """Write an animated PNG, whole or not at all; all pictures share 256 colors."""
+    """Write an animated PNG atomically; all pictures share 256 colors."""
     width, height = pictures[0].size
     sheet = Image.new("RGB", (width, height * 3))
     for row, place in enumerate((0, len(pictures) // 2, -1)):
@@ -71,7 +71,7 @@ def animate(pictures, milliseconds, path):
         )
         size = part.stat().st_size
         if size > MOST_BYTES:
-            raise ValueError(f"{path.name} would take {size} bytes, more than {MOST_BYTES}")
+            raise ValueError(f"{path.name} would have {size} bytes, more than {MOST_BYTES}")
     print(f"{path.relative_to(ROOT)}: {len(flat)} pictures, {width} x {height}, {size} bytes")
 
 

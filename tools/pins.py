@@ -1,6 +1,6 @@
-"""The one list of pinned versions, constraints.txt: write it, or check that it still holds.
+"""constraints.txt, the one list of pinned versions: write it, or check that it is still right.
 
-    python tools/pins.py write    install what pyproject.toml asks for, pin what that gave
+    python tools/pins.py write    install the requirements of pyproject.toml, pin the result
     python tools/pins.py check    install environment.yml's pip lines, compare with the pins
 
 Both work in a fresh virtual environment outside the tree, made by the Python that runs them.
@@ -25,8 +25,8 @@ HEADER = """\
 # Written by `make pins` from a clean installation: do not edit, but for torch's own line,
 # which `make pins` keeps (a newer torch is a decision: change it here, then `make pins`).
 """
-# the environment's own, not the course's; what a platform adds on its own (CUDA's libraries,
-# pulled in at torch's exact versions, and the like) is left to whoever requires it
+# packages of the environment, not of the course, and packages that only some platforms need, such
+# as CUDA's libraries: torch requires their exact versions
 UNPINNED = re.compile(r"pip|wheel|chapter13|nvidia-.*|cuda-.*|triton")
 
 
@@ -38,8 +38,8 @@ def normalized(name):
 def parse_pins(text):
     """Lines `name==version` of a constraints file or of `pip freeze`: {name: version}.
 
-    Local versions ("2.13.0+cpu") lose their suffix: which build of torch is the machine's choice.
-    Raises ValueError for a line that pins nothing.
+    The suffix of local versions ("2.13.0+cpu") is removed: the build of torch depends on the
+    machine. Raises ValueError for a line that pins nothing.
     """
     pins = {}
     for line in text.splitlines():
@@ -67,7 +67,7 @@ def differences(pins, installed):
 
 
 def environment_pip_lines(path=ENVIRONMENT):
-    """The lines that conda and Binder hand to pip, as environment.yml has them."""
+    """The lines of environment.yml that conda and Binder pass to pip."""
     dependencies = yaml.safe_load(path.read_text())["dependencies"]
     (pip,) = [entry["pip"] for entry in dependencies if isinstance(entry, dict)]
     return pip
@@ -89,7 +89,7 @@ def install(folder, requirements):
 
 
 def frozen(python):
-    """What `pip freeze` lists in that environment, setuptools included (torch requires it)."""
+    """The packages that `pip freeze` lists in that environment, with setuptools, for torch."""
     command = [python, "-m", "pip", "freeze", "--all", "--exclude-editable"]
     output = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
     return {name: v for name, v in parse_pins(output).items() if not UNPINNED.fullmatch(name)}
@@ -112,7 +112,7 @@ def check(folder):
     installed = frozen(python)
     drift = differences(parse_pins(CONSTRAINTS.read_text()), installed)
     print(*drift, sep="\n")
-    print(f"environment.yml: {len(installed)} distributions installed, {len(drift)} off their pin")
+    print(f"environment.yml: {len(installed)} distributions installed, {len(drift)} not as pinned")
     return 1 if drift else 0
 
 

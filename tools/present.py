@@ -2,11 +2,11 @@
 
     python -m tools.present NOTEBOOK        NOTEBOOK is a path, or the number: 02
 
-Executes the notebook in memory, in a kernel of its own and in a copy of the course's folders:
-nothing on the disk is changed. From the result it makes the deck that `make slides` makes, and
-serves it on 127.0.0.1, to whoever knows the token. Where the deck has an explorer's picture, the
-page puts the explorer itself; the same kernel answers all windows, so that reloading costs nothing
-and the speaker's window shows what the room sees. A page can do nothing but move widgets.
+Executes the notebook in memory, in its own kernel and in a copy of the course's folders: nothing on
+the disk is changed. From the result it makes the same deck as `make slides`, and serves it on
+127.0.0.1 to everyone who has the token. The page replaces each picture of an explorer with the
+explorer itself. One kernel answers all windows, so reloading is cheap and the speaker's window
+shows the same as the audience's. A page can only move widgets.
 
 Ctrl-C ends the server and the kernel.
 """
@@ -49,8 +49,9 @@ from tools.slides.build import NoPackages, build, fetch_packages
 
 LIVE = ROOT / "tools" / "slides" / "live"
 SCRIPTS = ROOT / "build" / "live"
-# what the page needs from npm: one file of each package, with the hash of the whole package. Not by
-# package.json: html-manager's file has all in it, but npm would fetch a hundred packages more.
+# The page needs one file of each of these npm packages; the hash is that of the whole package. They
+# are not in package.json: html-manager's file is complete, but npm would fetch a hundred more
+# packages.
 PACKAGES = {
     "requirejs@2.3.6": (
         "require.js",
@@ -67,13 +68,13 @@ HEAD = """\
 <script src="assets/libembed-amd.js" defer></script>
 <script src="assets/live.js" defer></script>
 </head>"""
-COMM_MESSAGES = {"comm_open", "comm_msg", "comm_close"}  # all that a page may send to the kernel
+COMM_MESSAGES = {"comm_open", "comm_msg", "comm_close"}  # a page may send only these to the kernel
 
 
 def fetch_scripts():
-    """The paths of the scripts from npm, fetched unless they are here.
+    """The paths of the scripts from npm, which are fetched if they are missing.
 
-    Raises NoPackages where npm is missing or fails, or where a package is not the one we know.
+    Raises NoPackages if npm is missing or fails, or if a package has another hash.
     """
     paths = []
     for package, (name, sha512) in PACKAGES.items():
@@ -92,7 +93,7 @@ def fetch_scripts():
                 raise NoPackages(f"npm could not fetch {package}:\n{done.stderr.strip()}")
             (archive,) = Path(folder).iterdir()
             if hashlib.sha512(archive.read_bytes()).digest() != base64.b64decode(sha512):
-                raise NoPackages(f"npm gave another {package} than the one that we know")
+                raise NoPackages(f"the package {package} from npm has an unexpected hash")
             with tarfile.open(archive) as packed:
                 content = packed.extractfile(f"package/{name}").read()
         with replacing(path) as part:
@@ -103,7 +104,7 @@ def fetch_scripts():
 def find(name, notebooks):
     """The notebook that `name` means: a path, or a number of the course.
 
-    Raises SystemExit, which lists the course's notebooks, where there is none.
+    Raises SystemExit, which lists the course's notebooks, if there is none.
     """
     if name.isdigit():
         for path in notebooks:
@@ -114,14 +115,14 @@ def find(name, notebooks):
         return path
     asked = f"no notebook {name!r} here" if name else "which notebook?"
     names = "".join(f"\n  make present NOTEBOOK={each.relative_to(ROOT)}" for each in notebooks)
-    raise SystemExit(f"{asked} There are:{names}")
+    raise SystemExit(f"{asked} Choose from:{names}")
 
 
 def lay_out(folder, path):
-    """Fill `folder` so that the notebook at `path`, run there, finds what it finds at home.
+    """Fill `folder` so that the notebook at `path` finds the same files there as in its own folder.
 
-    Beside it lies what lies beside its file, and the course's data in ../data. What it writes
-    there, say a picture, stays in the copy. Returns where to run it.
+    The files beside the notebook are linked, and the course's data in ../data. Files that it
+    writes, such as pictures, stay in the copy. Returns the folder in which to run it.
     """
     for name, home in (("notebooks", path.resolve().parent), ("data", ROOT / "data")):
         (folder / name).mkdir()
@@ -131,7 +132,7 @@ def lay_out(folder, path):
 
 
 async def execute(client):
-    """Run all cells, whether or not one fails; shows how far it is, and which cells failed."""
+    """Run all cells, even if one fails; shows the progress, and the cells that failed."""
     cells = client.nb.cells
     with tqdm(total=len(cells), unit=" cells") as bar:
         for index, cell in enumerate(cells):
@@ -146,9 +147,9 @@ async def execute(client):
 
 
 def mount_explorers(notebook):
-    """Put in place of each explorer, in place, the element that live.js fills with its widgets.
+    """Replace each explorer, in place, with the element that live.js fills with its widgets.
 
-    Until then, and for a reader without a kernel, the element holds the explorer's picture.
+    Until then, and for a reader without a kernel, the element shows the explorer's picture.
     """
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
@@ -173,13 +174,13 @@ def make_deck(notebook, path, folder):
     for script in (LIVE / "live.css", LIVE / "live.js", *fetch_scripts()):
         shutil.copy(script, deck.parent / "assets")
     page = deck.read_text(encoding="utf-8").replace("</head>", HEAD, 1)
-    page = re.sub(r'<a href="\d\d_\w+\.html[^"]*">(.*?)</a>', r"\1", page)  # no deck lies there
+    page = re.sub(r'<a href="\d\d_\w+\.html[^"]*">(.*?)</a>', r"\1", page)  # there is one deck
     deck.write_text(page, encoding="utf-8")
     return deck
 
 
 def as_json(message):
-    """A message of the kernel as the page reads it."""
+    """A message of the kernel in the page's format."""
     kept = {key: message[key] for key in ("msg_type", "parent_header", "metadata", "content")}
     kept["buffers"] = [base64.b64encode(each).decode("ascii") for each in message["buffers"]]
     return json.dumps(kept, default=json_default)
@@ -204,7 +205,7 @@ class Presentation:
         self.client.kc.shell_channel.send(ours)
 
     async def listen(self):
-        """Pass what the kernel says on to every page. Raises DeadKernelError when it ends."""
+        """Pass the kernel's messages on to every page. Raises DeadKernelError when it ends."""
         while True:
             try:
                 message = await self.client.kc.get_iopub_msg(timeout=2)
@@ -220,7 +221,7 @@ class Presentation:
 
 
 class Guarded:
-    """A handler for those alone who know the token: from the address, and then from a cookie."""
+    """A handler that requires the token: in the address, and then in a cookie."""
 
     def prepare(self):
         token = self.settings["talk"].token
@@ -260,8 +261,8 @@ def serve(talk, deck):
 
 
 async def present(path):
-    """Execute, make the deck, serve it until the kernel dies or somebody presses Ctrl-C."""
-    fetch_packages()  # what is missing is said now, and not after minutes
+    """Execute, make the deck, serve it until the kernel dies or the user presses Ctrl-C."""
+    fetch_packages()  # raises now rather than after minutes
     fetch_scripts()
     notebook = read(path)
     with TemporaryDirectory(prefix="chapter13-present-") as folder:
@@ -270,7 +271,7 @@ async def present(path):
             kernel_name="python3",
             allow_errors=True,
             timeout=None,
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # not that TCP is not encrypted
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # no warning on unencrypted TCP
             record_timing=False,
             store_widget_state=False,
         )
@@ -280,7 +281,7 @@ async def present(path):
             deck = make_deck(notebook, path, Path(folder))
             talk = Presentation(client)
             server, address = serve(talk, deck)
-            print(f"{path.name}: {address}\nCtrl-C ends it.", flush=True)
+            print(f"{path.name}: {address}\nPress Ctrl-C to stop.", flush=True)
             webbrowser.open(address)
             try:
                 await talk.listen()
@@ -290,7 +291,7 @@ async def present(path):
 
 
 def stop_on_signals(task):
-    """Let Ctrl-C and SIGTERM cancel the task; nbclient would end the kernel alone."""
+    """Let Ctrl-C and SIGTERM cancel the task; nbclient would only end the kernel."""
     with suppress(NotImplementedError):  # Windows raises KeyboardInterrupt instead
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, task.cancel)

@@ -1,4 +1,4 @@
-"""What a Python file computes, apart from how it is laid out and explained."""
+"""The code of a Python file, without its layout and its explanations."""
 
 import ast
 
@@ -6,7 +6,7 @@ import ast
 def code(path):
     """The file's syntax tree as a string: without comments, docstrings, layout, error messages.
 
-    What an error says changes no result: where one is raised there is none.
+    The words of an error change no result, because a run that raises an error has none.
     """
     tree = _tree(path)
     for node in ast.walk(tree):
@@ -16,7 +16,7 @@ def code(path):
 
 
 def statements(path):
-    """The syntax tree, error messages included, of each statement at the top of the file."""
+    """The syntax tree of each top-level statement of the file, error messages included."""
     return [ast.dump(statement) for statement in _tree(path).body]
 
 
@@ -29,7 +29,7 @@ def _tree(path):
 
 
 def _is_text(statement):
-    """Whether a statement is only a string: a docstring, of whatever."""
+    """Whether a statement is only a string: a docstring of any kind."""
     value = getattr(statement, "value", None)
     text = isinstance(value, ast.Constant) and isinstance(value.value, str)
     return isinstance(statement, ast.Expr) and text

@@ -1,19 +1,19 @@
 """`make results`: every row of the summary table, measured by one protocol.
 
-Each format of TABLE in tools/formats.py is measured in a process of its own. Its quality:
-perplexity and KL to the float32 model on the same held-out tokens for all, sequence by sequence, so
-that differences can be paired. Its cost: bits per weight of the linear layers and the size of the
-model, from the bytes held; the time and peak memory of quantizing; time per token at batch 1.
+Each format of TABLE in tools/formats.py is measured in its own process. Its quality: perplexity and
+KL to the float32 model, for all formats on the same held-out tokens, sequence by sequence, so that
+differences can be paired. Its cost: bits per weight of the linear layers and the size of the model,
+from the bytes held; the time and peak memory of quantizing; time per token at batch size 1.
 
-A row goes to data/results.json ("table/...") as soon as it is measured: an interrupted run can be
-taken up again. The STUDIES of tools/formats.py ("study/...") are measured the same way, only their
-quality, some on the first sequences alone. A row is current as long as its options, the tokens, the
-versions of the libraries and the code that it really ran are the same; comments, docstrings and
-error messages may change.
+A row is written to data/results.json ("table/...") as soon as it is measured, so an interrupted run
+can be resumed. The STUDIES of tools/formats.py ("study/...") are measured in the same way, but only
+their quality, and some only on the first sequences. A row is current as long as its options, the
+tokens, the versions of the libraries and the code that it ran are the same; comments, docstrings
+and error messages may change.
 
-    python -m tools.table                           what is missing or out of date
-    python -m tools.table --only cost               the costs alone, on a quiet machine
-    python -m tools.table "NF4" "FP32" --again      these rows, although they are current
+    python -m tools.table                           rows that are missing or out of date
+    python -m tools.table --only cost               only the costs, on a quiet machine
+    python -m tools.table "NF4" "FP32" --again      these rows, even if they are current
 """
 
 import argparse
@@ -65,7 +65,7 @@ def keys():
 
 
 def reference(tokenizer, sequences):
-    """The evaluation tokens, and the file with the float32 model's predictions, made if need be."""
+    """The evaluation tokens, and the file of the float32 model's predictions, made if missing."""
     tokens = corpus.evaluation_tokens(tokenizer, sequences)
     name = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:12]
     path = WORK / f"reference-{name}"
@@ -76,8 +76,8 @@ def reference(tokenizer, sequences):
 
 
 def measure_part(row, part):
-    """What is measured of one row: its cost or its quality, and which code did it."""
-    # of calls of Python functions alone: a matrix product is none
+    """The measurement of one row's cost or quality, and the files of the code that ran."""
+    # only calls of Python functions: they are enough to know the files
     profile = cProfile.Profile(builtins=False)
     model, tokenizer = models.load(MODEL, device="cpu")
     made = profile.runcall(formats.make, row, model, tokenizer)
@@ -91,7 +91,7 @@ def measure_part(row, part):
         measured = {
             name: recorded(score) for name, score in zip(("perplexity", "kl"), scores, strict=True)
         }
-    # asked in this process: another one may have other threads
+    # recorded in this process: another one may use another number of threads
     where = results.environment(("transformers", *row.packages))
     return measured | {"peer": made.versions, "files": files_of(profile), "environment": where}
 
@@ -144,7 +144,7 @@ def inputs():
 
 
 def fingerprint(row, part, files):
-    """Of all that a part of a row depends on; "" where a file that it read is gone."""
+    """A digest of all that a part of a row depends on; "" if a file of its code is gone."""
     try:
         sources = [syntax.code(ROOT / file) for file in files]
     except FileNotFoundError:
@@ -163,7 +163,7 @@ def fingerprint(row, part, files):
 
 
 def is_current(records, row, part):
-    """Whether what is recorded of this part of a row is what a new measurement would measure."""
+    """Whether the record of this part of a row is of the same code and inputs as today's."""
     record = records.get(KEYS[row.name], {})
     found = record.get(part)
     if found is None or record["family"] != row.family:
@@ -172,7 +172,7 @@ def is_current(records, row, part):
 
 
 def store(row, measured):
-    """Puts the parts just measured into the row's record, each with where and when it was."""
+    """Puts the new parts into the row's record, each with its machine and date."""
     key = KEYS[row.name]
     kept = results.load().get(key, {})
     kept.pop("environment", None)
@@ -187,7 +187,7 @@ def store(row, measured):
 
 
 def measure_all(rows, parts, again):
-    """Measures what is not current; returns the names of the rows that failed or were left out."""
+    """Measures the rows that are not current; returns the names of those without a result."""
     records = results.load()
     for key in records:
         if key.startswith(("table/", "study/")) and key not in keys():
@@ -197,8 +197,8 @@ def measure_all(rows, parts, again):
         asked = [row for row in rows if part in PARTS_OF[row.name]]
         todo = [row for row in asked if again or not is_current(records, row, part)]
         print(f"{part}: {len(asked) - len(todo)} of {len(asked)} rows are current")
-        # Times are taken one by one. Predictions come sooner from several processes with a thread
-        # each than from one whose threads wait for each other.
+        # Times are measured one by one. Predictions are faster with several processes of one thread
+        # each than with one process whose threads wait for each other.
         jobs = (os.cpu_count() or 1) if part == "quality" else 1
         if part == "quality":
             for sequences in {row.sequences for row in todo}:
@@ -215,14 +215,14 @@ def measure_all(rows, parts, again):
                     else:
                         store(row, {part: done})
                         bar.write(line(row.name, part, done))
-            except BaseException:  # KeyboardInterrupt too: begin no other row
+            except BaseException:  # KeyboardInterrupt too: start no other row
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     return sorted(failed)
 
 
 def run(part, one_thread, row):
-    """One part of a row in a process of its own: what was measured, or why not, in words."""
+    """One part of a row in a separate process: the measurement, or the reason why there is none."""
     if row.maker == "peer":
         try:
             peers.python(row.options["library"])

@@ -1,7 +1,7 @@
-"""AutoGPTQ and GPTQModel, each in an environment of its own, asked through one small driver.
+"""Runs AutoGPTQ and GPTQModel, each in its own environment, through a small driver.
 
-`make peers` builds the environments in .peers/. The drivers run there (see drive.py); this file is
-the course's end of the line:
+`make peers` builds the environments in .peers/. The drivers run there (see drive.py); this file
+calls them from the course:
 
     run("autogptq", "solve", "in.safetensors", "out.safetensors", "--group-size", "-1")
 """
@@ -18,11 +18,11 @@ VERSIONS = {"autogptq": "0.7.1", "gptqmodel": "7.4.0"}
 
 
 class NoPeer(Exception):
-    """A peer's environment is not there; the message says what to do."""
+    """A peer's environment is missing; the message says what to do."""
 
 
 def python(peer: str) -> Path:
-    """The Python of a peer's environment. Raises NoPeer where `make peers` did not build it."""
+    """The Python of a peer's environment. Raises NoPeer if `make peers` did not build it."""
     if peer not in VERSIONS:
         raise ValueError(f"there is no peer {peer!r}; choose from {', '.join(VERSIONS)}")
     path = ENVIRONMENTS / peer / "bin" / "python"
@@ -34,8 +34,8 @@ def python(peer: str) -> Path:
 def run(peer: str, *arguments, threads: int | None = None) -> dict:
     """Runs a command of a peer's driver; returns its JSON, {"result": ..., "versions": ...}.
 
-    `threads`: for torch in that process; None leaves it to torch. What the library prints is shown
-    only when it fails. Raises NoPeer, and RuntimeError with the end of what it printed.
+    `threads`: for torch in that process; None leaves it to torch. The library's own output is only
+    shown if it fails. Raises NoPeer, and RuntimeError with the end of that output.
     """
     driver = Path(__file__).with_name(f"drive_{peer}.py")
     command = [str(python(peer)), str(driver), *map(str, arguments)]
@@ -50,7 +50,7 @@ def run(peer: str, *arguments, threads: int | None = None) -> dict:
 
 
 def run_many(peer: str, jobs: list[list], threads: int | None = None) -> dict:
-    """Runs several commands in one process, as importing a peer takes longer than most of them.
+    """Runs several commands in one process, because most take less time than importing a peer.
 
     Returns {"result": [one for each job], "versions": ...}. Raises as `run`.
     """
@@ -61,10 +61,10 @@ def run_many(peer: str, jobs: list[list], threads: int | None = None) -> dict:
 
 
 def cut(model, folder: Path | str, blocks: int = 2) -> Path:
-    """Writes the first `blocks` blocks of a Llama-type model, as a model of its own; the folder.
+    """Writes the first `blocks` blocks of a Llama-type model as a new model; returns its folder.
 
-    `model`: of transformers; is left as it was. Embeddings, last norm and head stay, so the result
-    computes real tokens from real weights, if nothing sensible, in a fraction of the time.
+    `model`: of transformers; it is not changed. Embeddings, last norm and head stay, so the result
+    computes with real tokens and weights in a fraction of the time, but its text makes no sense.
     """
     import copy
 

@@ -1,7 +1,7 @@
-"""What the drivers of both peers share: commands in, tensors through safetensors, JSON out.
+"""Code that the drivers of both peers share: commands in, tensors through safetensors, JSON out.
 
 A driver runs in its peer's own environment and imports nothing of the course. It prints one line
-of JSON on standard output; everything the libraries print goes to standard error.
+of JSON on standard output; all output of the libraries goes to standard error.
 
     drive_PEER.py solve IN.safetensors OUT.safetensors [options]
     drive_PEER.py quantize MODEL_DIR TOKENS.safetensors OUT_DIR [options]
@@ -25,9 +25,9 @@ from safetensors.torch import load_file, save_file
 
 
 def main(solve, quantize, logits, packages):
-    """Runs the command line with a peer's three functions; prints what they return as JSON."""
+    """Runs the command line with a peer's three functions; prints their results as JSON."""
     answer = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # also what C code prints
+    os.dup2(2, 1)  # includes the output of C code
     arguments = parser().parse_args()
     commands = {"solve": solve, "quantize": quantize, "logits": logits}
     if arguments.command == "many":
@@ -56,7 +56,7 @@ def parser():
     quantize.add_argument("model", type=Path)
     quantize.add_argument("tokens", type=Path)
     quantize.add_argument("output", type=Path)
-    quantize.add_argument("--defaults", action="store_true", help="bits and group size alone")
+    quantize.add_argument("--defaults", action="store_true", help="set only bits and group size")
     add_options(quantize)
     logits = commands.add_parser("logits", help="float32 logits of a checkpoint")
     logits.add_argument("checkpoint", type=Path)
@@ -90,7 +90,7 @@ def write_solution(path, weight, inputs, solved, scale, zero, g_idx, seconds):
     """Writes codes, scales, zero points and the dequantized weight; returns the summary.
 
     `solved`: the dequantized weight (out, in); `scale`, `zero`: (out, groups); `g_idx`: (in,). The
-    codes follow from them, and are checked to give the dequantized weight back to the bit.
+    codes are computed from these; "exact" says whether they give the weight back bit for bit.
     """
     groups = g_idx.long()
     step, middle = scale.float()[:, groups], zero.float()[:, groups]
@@ -124,7 +124,7 @@ def write_logits(path, model, tokens):
 
 
 def linear_kind(model):
-    """The class that multiplies with the quantized weights, with its module: the kernel."""
+    """The kernel: the class that multiplies by the quantized weights, with its module."""
     kinds = {
         f"{type(module).__module__}.{type(module).__name__}"
         for module in model.modules()
@@ -141,7 +141,7 @@ class Clock:
 
     def read(self):
         seconds = time.perf_counter() - self.start
-        # not getrusage, whose peak begins with that of the process that started this one
+        # not getrusage, whose peak includes that of the parent process
         status = Path("/proc/self/status").read_text()
         peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
         return {"seconds": seconds, "peak_mb": peak / 1e6}
@@ -149,10 +149,10 @@ class Clock:
 
 @contextlib.contextmanager
 def readable_by_old_transformers(folder):
-    """The model's folder, or one of links to it, whose config.json also says `rope_theta`.
+    """The model's folder, or a folder of links to it, with `rope_theta` in its config.json.
 
     transformers 5 writes the base of the rotary positions into `rope_parameters`; transformers 4
-    does not know that, takes its default instead, and computes another model without a word.
+    does not know that key, uses its default instead, and silently computes another model.
     """
     folder = folder.absolute()
     config = json.loads((folder / "config.json").read_text())

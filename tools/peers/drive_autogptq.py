@@ -1,9 +1,9 @@
 """AutoGPTQ 0.7.1 from the command line, on a CPU; see drive.py for the commands.
 
-The library expects a GPU. On a CPU it runs, its arithmetic untouched, once two things are changed:
-the device that it calls CUDA_0 is the CPU, and waiting for the GPU does nothing. `from_pretrained`
-refuses to run without CUDA, so the model is loaded by transformers and handed to the class that
-`from_pretrained` would have made.
+The library expects a GPU. It runs on a CPU, with its arithmetic unchanged, after two changes: the
+device that it calls CUDA_0 is the CPU, and waiting for the GPU does nothing. `from_pretrained`
+refuses to run without CUDA, so transformers loads the model, which is passed to the class that
+`from_pretrained` would have used.
 """
 
 import time
@@ -42,7 +42,7 @@ def solve(arguments):
 
 
 def quantize(arguments):
-    """The chapter's lines, with examples for `quantize` and without CUDA."""
+    """The book chapter's code, with examples for `quantize` and without CUDA."""
     examples = [
         {"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]}
         for row in drive.read_tokens(arguments.tokens)
@@ -71,7 +71,7 @@ def quantize(arguments):
 def logits(arguments):
     tokens = drive.read_tokens(arguments.tokens)
     if arguments.through_transformers:
-        raise SystemExit("transformers 4 asks for optimum and a GPU here: use GPTQModel's driver")
+        raise SystemExit("transformers 4 needs optimum and a GPU here: use GPTQModel's driver")
     with drive.readable_by_old_transformers(arguments.checkpoint) as folder:
         model = AutoGPTQForCausalLM.from_quantized(
             str(folder), device="cpu", torch_dtype=torch.float32, use_safetensors=True

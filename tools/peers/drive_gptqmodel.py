@@ -1,8 +1,8 @@
 """GPTQModel 7.4.0 from the command line, on a CPU; see drive.py for the commands.
 
-Release 7.4.0 imports torchvision, which it does not require, for one family of image models. Where
-torchvision is missing, an empty stand-in takes its place while the library is imported; nothing
-here reaches the code that would use it.
+Release 7.4.0 imports torchvision, which it does not list as a requirement, for one family of image
+models. If torchvision is missing, empty modules replace it while the library is imported; nothing
+here uses the code that needs it.
 """
 
 import importlib.machinery
@@ -26,7 +26,7 @@ def import_library():
         return gptqmodel
     from transformers.utils import is_torchvision_available
 
-    is_torchvision_available()  # remembers the truth before the stand-in appears
+    is_torchvision_available()  # caches the right answer before the empty modules exist
     for name in names:
         module = types.ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
@@ -47,7 +47,7 @@ gptqmodel = import_library()
 
 
 def settings(arguments):
-    """Plain GPTQ with the options given, so that it can be compared; or the library's defaults."""
+    """Plain GPTQ with the given options, for comparison; or the library's defaults."""
     if arguments.command == "quantize" and arguments.defaults:
         return gptqmodel.QuantizeConfig(
             bits=arguments.bits, group_size=arguments.group_size, device="cpu"
@@ -105,7 +105,7 @@ def logits(arguments):
             arguments.checkpoint, dtype=torch.float32, device_map="cpu"
         )
     else:
-        # its plain kernel refuses float32 at loading, and computes in it after a cast
+        # its plain kernel refuses float32 when it loads, but computes in it after a cast
         model = gptqmodel.GPTQModel.load(
             str(arguments.checkpoint), device="cpu", dtype=torch.float16
         ).model.float()

@@ -1,4 +1,4 @@
-"""Runs a GGUF file in llama.cpp; started by tools/llamacpp.py in an environment of its own.
+"""Runs a GGUF file in llama.cpp; tools/llamacpp.py starts it in a separate environment.
 
     python llamacpp.py MODEL.gguf TOKENS.npy OUTPUT.npz NEW
 
@@ -22,7 +22,7 @@ def main(path, tokens, output, new):
         n_batch=length,
         logits_all=True,
         verbose=False,
-        # keys and values in float32, as in torch: what remains is how weights are multiplied
+        # keys and values in float32, as in torch: only the multiplication by weights differs
         type_k=llama_cpp.GGML_TYPE_F32,
         type_v=llama_cpp.GGML_TYPE_F32,
     )

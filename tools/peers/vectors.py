@@ -1,9 +1,9 @@
-"""Small layers, and what the peers' own solvers make of them, kept in tests/peer_vectors/.
+"""Small layers and the results of the peers' own solvers on them, kept in tests/peer_vectors/.
 
-The parity tests run against these records where a peer cannot be installed, and compare them with
-the living peer where it can.
+If a peer is not installed, the parity tests use these records; if it is, they also run the peer and
+compare it with its record.
 
-    python -m tools.peers.vectors      ask both peers afresh, write the records (after `make data`)
+    python -m tools.peers.vectors      run both peers again, write the records (after `make data`)
 """
 
 import json
@@ -34,7 +34,7 @@ COINCIDE = [
     (2, 64, False, True),
     (8, 64, False, True),
 ]
-# the peers take a group's scale from weights that the errors of its own block have not reached yet
+# the peers compute a group's scale from weights that do not yet include the errors of its own block
 STALE = [(4, 64, False, False), (4, 32, True, False)]
 
 
@@ -45,7 +45,7 @@ def name(case):
 
 
 def options(case):
-    """The same case as words for a driver."""
+    """The same case as command-line options of a driver."""
     bits, group_size, symmetric, act_order = case
     words = ["--bits", bits, "--group-size", -1 if group_size == "channel" else group_size]
     words += ["--symmetric"] * symmetric + ["--act-order"] * act_order
@@ -64,7 +64,7 @@ def cases(weight):
 
 
 def problems():
-    """name -> (weight (out, in), inputs (tokens, in)), float32, as they were recorded."""
+    """name -> (weight (out, in), inputs (tokens, in)), float32, from the record."""
     tensors = load_file(PROBLEMS)
     names = sorted({key.partition("/")[0] for key in tensors})
     return {
@@ -74,7 +74,7 @@ def problems():
 
 
 def recorded(peer):
-    """(problem name, case name) -> {"codes", "scale", "zero"} as a peer's solver gave them."""
+    """(problem name, case name) -> {"codes", "scale", "zero"} of a peer's solver."""
     found = {}
     for key, tensor in load_file(FOLDER / f"{peer}.safetensors").items():
         problem, case, part = key.split("/")
@@ -91,7 +91,7 @@ def versions(peer):
 def ask(peer, tasks):
     """Runs a peer's solver on [(weight, inputs, case)]: a list of results, and its versions.
 
-    Each result holds what the driver writes, and "loss", "seconds", "exact".
+    Each result has the tensors that the driver writes, and "loss", "seconds", "exact".
     """
     with tempfile.TemporaryDirectory() as folder:
         jobs, written = [], {}
@@ -103,7 +103,7 @@ def ask(peer, tasks):
                 save_file(tensors, written[key])
             out = Path(folder) / f"out{index}.safetensors"
             jobs.append(["solve", written[key], out, *options(case)])
-        answer = peers.run_many(peer, jobs, threads=1)  # small layers: two threads only wait
+        answer = peers.run_many(peer, jobs, threads=1)  # more threads do not help on small layers
         results = [
             load_file(job[2]) | summary for job, summary in zip(jobs, answer["result"], strict=True)
         ]
@@ -111,7 +111,7 @@ def ask(peer, tasks):
 
 
 def make_problems():
-    """Layers small enough to be kept: random, nasty, of odd shape, and cut from the real model."""
+    """Layers that are small enough to store: random, of odd shape, nasty, and from the model."""
     generator = torch.Generator().manual_seed(13)
 
     def randn(*shape):
@@ -146,7 +146,7 @@ def nasty_weight(randn):
     weight[8, :64] = 0  # a group of zeros
     weight[9] = weight[9].bfloat16()
     weight[10, ::2] = 0
-    weight[:, 17] *= 0.1  # not the row's extreme: see nasty_inputs
+    weight[:, 17] *= 0.1  # so that no row has its extreme here: see nasty_inputs
     return weight
 
 
@@ -197,7 +197,7 @@ def main():
         tensors = {}
         for key, result in zip(names, results, strict=True):
             if not result["exact"]:
-                raise RuntimeError(f"{peer}, {key}: codes do not give its weight back")
+                raise RuntimeError(f"{peer}, {key}: the codes do not give back its weight")
             tensors[f"{key}/codes"] = result["codes"].to(torch.uint8)
             tensors[f"{key}/scale"] = result["scale"]
             tensors[f"{key}/zero"] = result["zero"].to(torch.uint8)

@@ -1,10 +1,10 @@
-"""`make slides`: a reveal.js deck of each notebook in build/slides/, and index.html lists them.
+"""`make slides`: a reveal.js deck of each notebook in build/slides/, and an index.html of them.
 
     python -m tools.slides.build [NOTEBOOK...]      all numbered ones if none is named
 
-The stored notebooks are taken as they are, nothing is executed. nbconvert turns the cells into HTML
-(template/slides), fit.js lays them out in the browser, so that no slide has to be scrolled. A deck
-loads nothing but what lies beside it in build/slides/assets, also when it is opened as a file.
+The decks show the stored notebooks; nothing is executed. nbconvert turns the cells into HTML
+(template/slides), and fit.js lays them out in the browser, so that no slide must be scrolled. A
+deck only loads files from build/slides/assets, so it can also be opened as a file.
 
 reveal.js and MathJax come from npm, in the versions and with the hashes of package-lock.json.
 """
@@ -56,7 +56,7 @@ INDEX = """\
 
 
 class NoPackages(Exception):
-    """What the slides need from npm is not here, and could not be fetched."""
+    """Packages from npm that the slides need are missing and could not be fetched."""
 
 
 def locked(lockfile):
@@ -66,7 +66,7 @@ def locked(lockfile):
 
 
 def fetch_packages():
-    """Install what package-lock.json says, unless it is here. NoPackages says what to do."""
+    """Install the packages of package-lock.json if they are missing. NoPackages says what to do."""
     written_last = PACKAGES / ".package-lock.json"
     if written_last.exists() and locked(written_last) == locked(HERE / "package-lock.json"):
         return
@@ -82,15 +82,15 @@ def fetch_packages():
 
 
 def write(path, text):
-    """Write in one step: whoever reads `path` meanwhile sees the old or the new."""
+    """Write atomically: a reader of `path` sees the old text or the new one."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8", newline="\n")
 
 
 def title_page(notebook):
-    """Take the opening apart: the audience sees what it is about, the rest is for the speaker.
+    """Split the opening into the title page, for the audience, and the speaker's notes.
 
-    The paragraph with the minutes and what is needed goes into the notes. Returns the title.
+    The paragraph with the minutes and the needs goes into the notes. Returns the title.
     """
     opening = notebook.cells[0]
     heading, *paragraphs = re.split(r"\n\s*\n", opening.source.strip())
@@ -105,7 +105,7 @@ def title_page(notebook):
 
 
 def link_decks(source):
-    """Markdown whose links lead from deck to deck; other files do not lie beside the decks."""
+    """Markdown whose links lead from deck to deck; links to other files become plain text."""
     parts = re.split(r"(```.*?```|`[^`]*`)", source, flags=re.DOTALL)  # text, code, text, code...
     for index in range(0, len(parts), 2):
         text = re.sub(r"\]\((\d\d_\w+)\.ipynb(#[^)\s]*)?\)", r"](\1.html\2)", parts[index])
@@ -115,7 +115,7 @@ def link_decks(source):
 
 
 def without_captions(outputs):
-    """The outputs less the captions: HTML that says what the picture before it has as alt text."""
+    """The outputs without captions: HTML that repeats the alt text of the picture before it."""
     alt = None
     for output in outputs:
         data = output.get("data", {})
@@ -145,9 +145,9 @@ def deck(path):
 
 
 def build(paths, folder=DECKS):
-    """Write the decks of the notebooks, what they need, and the index; returns the decks' paths.
+    """Write the decks of the notebooks, their assets, and the index; returns the decks' paths.
 
-    Raises NoPackages where reveal.js and MathJax cannot be had.
+    Raises NoPackages if reveal.js and MathJax are missing and cannot be fetched.
     """
     fetch_packages()
     (folder / "assets").mkdir(parents=True, exist_ok=True)
@@ -167,7 +167,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("notebooks", nargs="*", type=Path, help="all numbered ones if not given")
+    parser.add_argument("notebooks", nargs="*", type=Path, help="default: all numbered notebooks")
     arguments = parser.parse_args()
     try:
         decks = build(arguments.notebooks or numbered())

@@ -1,4 +1,4 @@
-"""`make slides-pdf`: the decks in build/slides/ as PDF files beside them, a page for each slide.
+"""`make slides-pdf`: PDF files beside the decks in build/slides/, one page per slide.
 
     python -m tools.slides.pdf [NOTEBOOK...]        all numbered ones if none is named
 
@@ -39,7 +39,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("notebooks", nargs="*", type=Path, help="all numbered ones if not given")
+    parser.add_argument("notebooks", nargs="*", type=Path, help="default: all numbered notebooks")
     arguments = parser.parse_args()
     try:
         with sync_playwright() as playwright:
