@@ -19,8 +19,8 @@ from chapter13 import gguf_file
 from chapter13.gguf_blocks import GGUF, BlockTensor, plain, quantize, read
 
 FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7}  # llama.cpp's numbers for the whole file
-# Embeddings and head. llama.cpp takes Q6_K beside 4-bit weights, but Q8_0 if rows are no multiple
-# of 256.
+# Of embeddings and head. llama.cpp uses Q6_K beside 4-bit weights, but Q8_0 if the length of a row
+# is not a multiple of 256.
 EMBEDDING = "Q8_0"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

@@ -130,11 +130,11 @@ def _lane(bits: int) -> tuple[int, int]:
 
 
 def _merge(codes: torch.Tensor, bits: int, lane: int) -> torch.Tensor:
-    """Doubles the lanes from 8 bits to `lane`, joining two neighbours each time."""
+    """Doubles the lanes from 8 bits to `lane`, joining two neighbors each time."""
     half, width, words = 8, bits, codes
     while half < lane:
         words = words.view(_LANES[half * 2])
-        # the first neighbour is the low half: it moves up by the other's width
+        # the first neighbor is the low half: it moves up by the other's width
         words = (words << width | words >> half) & ((1 << 2 * width) - 1)
         half, width = half * 2, width * 2
     return words

@@ -69,7 +69,7 @@ def load(path: Path) -> nn.Module:
 
 
 def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Of each token but the first: float64 (sequences, length - 1)."""
+    """The log-probability of each token but the first: float64 (sequences, length - 1)."""
     log_p = torch.log_softmax(logits[:, :-1].double(), -1)
     return log_p.gather(2, tokens[:, 1:, None])[:, :, 0]
 

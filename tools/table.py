@@ -48,7 +48,7 @@ ONE_THREAD = {
     "MALLOC_MMAP_THRESHOLD_": str(2**33),
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
 }
-LOADING = ("models.py", "corpus.py", "wiki.py")  # what they load is compared itself
+LOADING = ("models.py", "corpus.py", "wiki.py")  # `inputs` compares what they load
 KEYS = {kind.name: f"table/{kind.name}" for kind in TABLE}
 KEYS |= {kind.name: f"study/{kind.name}" for kind in STUDIES}
 PARTS_OF = dict.fromkeys(KEYS, PARTS) | {kind.name: ("quality",) for kind in STUDIES}

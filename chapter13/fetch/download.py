@@ -5,7 +5,7 @@ and proxy settings apply; their SHA-256 is checked; then the files that the cour
 extracted and converted. Each result is a folder that appears complete or not at all, so the run
 after an interrupted one only makes the folders that are missing.
 
-Importing this file is cheap (standard library alone): a run that finds everything in place ends
+Importing this file is cheap (standard library only): a run that finds everything in place ends
 immediately.
 """
 

@@ -146,7 +146,7 @@ def _replace_block(walk: Walk, index: int, quantize: Quantize, bar) -> None:
 class _Undo:
     """Restores a block to its present state, without copies of the weights.
 
-    Norms and biases are replaced by copies, because AWQ changes them, and so does a block's file.
+    Norms and biases are replaced by copies: AWQ changes them, and a block's file overwrites them.
     """
 
     def __init__(self, block: nn.Module):
