@@ -44,7 +44,7 @@ def outlier_map(names: list[str], relative: np.ndarray) -> Picture:
         spread = {"color": COLORS["original"], "lw": 4}
         profile.vlines(x, shown.min(0), shown.max(0), label="all layers", **spread)
         profile.plot(x, typical[order], "o", ms=6, color=COLORS["text"], label="median layer")
-        profile.set(xlim=(-0.5, len(order) - 0.5), ylim=(0, None), ylabel="× median channel")
+        profile.set(xlim=(-0.5, len(order) - 0.5), ylim=(0, None), ylabel="× median")
         profile.set_title("Largest magnitude of a channel, as a multiple of the median channel")
         profile.legend(loc="upper right", ncols=2)
         image = ax.imshow(
