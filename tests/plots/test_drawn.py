@@ -428,7 +428,7 @@ def test_outlier_map_sorts_the_channels():
     typical = np.sort(np.median(relative, 0))[::-1][: activations.MAPPED]
     assert np.array_equal(profile.lines[0].get_ydata(), typical)
     image = ax.images[0].get_array()
-    assert np.array_equal(np.median(image, 0), typical)
+    assert np.array_equal(np.median(np.asarray(image), 0), typical)
     often = sum((column > 4).sum() >= 3 for column in relative.T)
     assert f"; {often} channels exceed 4 times the median" in shown.alt
     assert "The 40 largest of 50 input channels in 5 layers" in shown.alt
