@@ -142,7 +142,9 @@ PICTURES = {
     distribution_plots.qq: lambda draw: draw({"INT4": ([-1, 0, 1], [-1, 0, 0.9])}, "a", "b"),
     distribution_plots.tails: lambda draw: draw({"normal": UNIT, "heavy": UNIT**3}),
     awq_plots.loss_curves: lambda draw: draw(
-        (0.0, 0.5, 0.9), {"mlp": [2.0, 1.0, 4.0], "attention": [1.0, 2.0, 3.0]}
+        (0.0, 0.5, 0.9),
+        {"mlp": [4.0, 2.0, 1.0], "attention": [1.0, 2.0, 3.0]},
+        {"mlp": [1.0, 2.0, 3.0]},
     ),
     awq_plots.scale_curve: lambda draw: draw([1, 2, 4], [0.3, 0.1, 0.2]),
     gptq_plots.valley: lambda draw: draw(
@@ -153,10 +155,14 @@ PICTURES = {
     ),
     gptq_plots.hessians: lambda draw: draw({"one": torch.eye(100)}),
     gptq_plots.damping: lambda draw: draw(
-        [0.001, 0.01, 1], {"seen": [1e-4, 1e-3, 1e-2], "unseen": [2e-2, 1e-2, 2e-2]}
+        [0.001, 0.01, 1], {"seen": [1e-4, 1e-3, 1e-2], "unseen": [2e-2, 1e-2, 2e-2]}, 0.03
     ),
     gptq_plots.loss_ratios: lambda draw: draw(
-        {"a": {"plain": 0.5, "ordered": 0.6}, "b": {"plain": 0.9, "ordered": 0.01}}
+        {"text": {"a": {"plain": 0.5, "ordered": 0.6}, "b": {"plain": 0.9, "ordered": 0.01}}}
+    ),
+    gptq_plots.paired: lambda draw: draw(
+        {"GPTQ": (-0.1, -0.15, -0.05), "AWQ": (-0.2, -0.25, -0.1), "another": (0.1, 0, 0.2)},
+        "round to nearest",
     ),
     gptq_plots.amounts: lambda draw: draw(
         {"news": {1: 0.4, 16: 0.25}, "encyclopedia": {1: 0.35, 16: 0.2}},
@@ -211,7 +217,7 @@ PANELS = {
         activation_plots.ActivationsFigure,
         lambda: activations.explore_activations({"a": (50 * W, W)}),
     ),
-    "awq": (awq_plots.AwqFigure, lambda: awq.explore_awq({"a": (50 * W, W)})),
+    "awq": (awq_plots.AwqFigure, lambda: awq.explore_awq({"a": (50 * W, W)}, {"a": 50 * W[None]})),
     "gguf": (gguf_plots.GGUFFigure, lambda: gguf.explore_gguf(W)),
     "text": (TextFigure, lambda: text.explore_text(*toy_model())),
     "gptq, columns": (gptq_plots.ColumnsFigure, lambda: gptq.explore_columns(W[:4, :8])),

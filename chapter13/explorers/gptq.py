@@ -32,15 +32,15 @@ class Steps:
     """A small weight before the first column, and after each; made by `steps`."""
 
     weights: np.ndarray
-    """float64 (columns + 1, rows, columns): rounded so far, and moved to make up for it."""
+    """float64 (columns + 1, rows, columns): some rounded, the others moved to compensate."""
     losses: np.ndarray
     """float64 (columns + 1,): ||(W - weights) X||^2, up to a factor."""
     nearest_losses: np.ndarray
-    """The same where columns are rounded to the nearest, and nothing moves."""
+    """The same where each column is rounded to the nearest, and nothing moves."""
 
 
 def steps(weight: torch.Tensor, hessian: torch.Tensor, bits: int) -> Steps:
-    """GPTQ as in a textbook, in float64: the Hessian of what is left is inverted for each column.
+    """GPTQ as in a textbook, in float64: for each column, the rest of the Hessian is inverted.
 
     `weight`: (rows, columns), one affine grid per row; `hessian`: (columns, columns), positive
     definite. No damping, columns in their order. `gptq.quantize` computes the same, faster.
@@ -90,7 +90,7 @@ class ColumnsView:
 
 
 def correlated(columns: int, correlation: float) -> torch.Tensor:
-    """The Hessian of inputs that go together the less, the farther apart they are.
+    """The Hessian of inputs that are the less correlated, the farther apart they are.
 
     float64 (columns, columns), `correlation` to the power of the root of the distance.
     """
@@ -116,7 +116,7 @@ def columns_view(weight: torch.Tensor, column: int, correlation: float, bits: in
             ("columns rounded", f"{column} of {weight.shape[1]}"),
             ("loss so far, GPTQ", f"{now:.2f}"),
             ("loss so far, round to nearest", f"{nearest:.2f} of 1.00 in the end"),
-            ("moved the most ahead", f"{ahead.max(initial=0):.2f}"),
+            ("largest compensation", f"{ahead.max(initial=0):.2f}"),
         ),
         alt=(
             f"Left: a matrix of {weight.shape[0]} by {weight.shape[1]} weights with the first "
@@ -127,7 +127,7 @@ def columns_view(weight: torch.Tensor, column: int, correlation: float, bits: in
 
 
 def explore_columns(weight: torch.Tensor) -> Explorer:
-    """A panel: a small weight (rows, columns), rounded column after column; at most 5 by 10."""
+    """A panel: a small weight (rows, columns) is rounded column by column; at most 5 by 10."""
     controls = {
         "column": widgets.IntSlider(0, 0, weight.shape[1], description="columns rounded"),
         "correlation": widgets.SelectionSlider(
@@ -150,7 +150,7 @@ class Layer:
     calibration: dict[str, torch.Tensor]
     """Kind of text -> float32 (sequences, length, in_features), of which calibration takes some."""
     held_out: torch.Tensor
-    """The same for other text, which nothing is learned from."""
+    """The same for other text, from which nothing is learned; at least two tokens a sequence."""
 
 
 @dataclass(frozen=True)
@@ -159,9 +159,12 @@ class LayerView:
 
     method: str
     losses: np.ndarray
-    """[[on calibration text, on held-out text] of round-to-nearest, and of the method]."""
+    """(2, 3): of round-to-nearest and of the method, on calibration text, on held-out text, and on
+    held-out text without the first token of each sequence."""
+    ratios: np.ndarray
+    """(3,): the method's losses over round-to-nearest's."""
     errors: np.ndarray
-    """(2, bins): of both, relative RMSE of the weights by channel, those of large inputs first."""
+    """(2, bins): of both, relative RMSE of the weights by channel, the largest inputs first."""
     readout: str
     alt: str
 
@@ -180,6 +183,28 @@ def collect(model, tokens: torch.Tensor, block: int) -> dict[str, torch.Tensor]:
     return {name: x.cpu().view(*tokens.shape, -1) for name, x in walk.inputs(block).items()}
 
 
+def hessians(model, tokens: torch.Tensor, names: list[str]) -> dict[str, torch.Tensor]:
+    """The Hessian of each of these linear layers' inputs, on the CPU, from one pass.
+
+    `tokens`: int64 (sequences, length); `names`: of modules, as `model.get_submodule` takes them.
+    The model is not changed: all layers get the full-precision model's inputs.
+    """
+    found, hooks = {}, []
+    for name in names:
+
+        def keep(module, inputs, name=name):
+            found[name] = gptq.hessian(inputs[0].flatten(0, 1)).cpu()
+
+        hooks.append(model.get_submodule(name).register_forward_pre_hook(keep))
+    try:
+        with torch.no_grad():
+            model.base_model(tokens.to(model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
 @dataclass(frozen=True)
 class Calibration:
     """The Hessian of some calibration text; made by `calibrate`."""
@@ -187,7 +212,7 @@ class Calibration:
     hessian: torch.Tensor
     tokens: int
     warning: str
-    """What `gptq.hessian` warns of; "" where nothing is wrong."""
+    """What `gptq.hessian` warns of, or ""."""
 
 
 def calibrate(inputs: torch.Tensor) -> Calibration:
@@ -203,6 +228,7 @@ def layer_view(
     weight: torch.Tensor,
     calibration: Calibration,
     held_out: Calibration,
+    ordinary: Calibration,
     method: str,
     bits: int,
     group_size: int | str,
@@ -210,38 +236,44 @@ def layer_view(
     clip_search: bool,
     damp: float,
 ) -> LayerView:
-    """A weight quantized so, against round-to-nearest. Raises ValueError as `gptq.quantize`."""
+    """A weight quantized with these settings, against round-to-nearest.
+
+    `ordinary`: of the held-out text without the first token of each sequence. Raises ValueError as
+    `gptq.quantize`.
+    """
     nearest = quantize_affine(weight, bits, group_size)
     quantized = nearest
     if method == "gptq":
         options = {"act_order": act_order, "clip_search": clip_search, "damp": damp}
         quantized = gptq.quantize(weight, calibration.hessian, bits, group_size, **options)
     restored = [each.dequantize() for each in (nearest, quantized)]
-    hessians = [calibration.hessian, held_out.hessian]
+    hessians = [each.hessian for each in (calibration, held_out, ordinary)]
     losses = np.array([[gptq.layer_loss(weight, Q, H) for H in hessians] for Q in restored])
     order = calibration.hessian.diagonal().argsort(descending=True, stable=True)
     errors = np.array([_by_channel(weight, Q, order) for Q in restored])
     ratio = losses[1] / np.where(losses[0], losses[0], 1)
+    told = [f"{loss:.2g}, {r:.2g} of rounding's" for loss, r in zip(losses[1], ratio, strict=True)]
     rows = [
         ("bits per weight", f"{quantized.bits_per_weight:.4g}"),
-        ("loss on calibration text", f"{losses[1, 0]:.2g}, {ratio[0]:.2f} of round-to-nearest's"),
-        ("loss on held-out text", f"{losses[1, 1]:.2g}, {ratio[1]:.2f} of round-to-nearest's"),
+        ("loss on calibration text", f"{told[0]}, {calibration.tokens} tokens"),
+        ("loss on held-out text", told[1]),
+        ("without first tokens", told[2]),
         ("relative RMSE of the weights", f"{relative_rmse(weight, restored[1]):.1%}"),
-        ("calibration tokens", f"{calibration.tokens}"),
     ]
     if calibration.warning:
-        rows.append(("take care", calibration.warning.partition(":")[0]))
+        rows.append(("warning", calibration.warning.partition(":")[0]))
     return LayerView(
         method=method,
         losses=losses,
+        ratios=ratio,
         errors=errors,
         readout=lines(*rows),
         alt=(
-            f"Left: the error of the layer's outputs, {METHOD_LABELS[method]} against "
-            f"round-to-nearest at the same bits: {ratio[0]:.2f} times on calibration text, "
-            f"{ratio[1]:.2f} times on held-out text. Right: the error of the weights by input "
-            f"channel, those with the largest inputs first: from {errors[1, 0]:.0%} to "
-            f"{errors[1, -1]:.0%} of the weights' RMS."
+            f"Left: the layer loss of {METHOD_LABELS[method]} over that of round-to-nearest at the "
+            f"same bits: {ratio[0]:.2g} on calibration text, {ratio[1]:.2g} on held-out text, "
+            f"{ratio[2]:.2g} there without first tokens. Right: the error of the weights by input "
+            f"channel, the largest inputs first: from {errors[1, 0]:.0%} to {errors[1, -1]:.0%} of "
+            "the weights' RMS."
         ),
     )
 
@@ -255,7 +287,7 @@ def _by_channel(W, Q, order):
 
 
 def explore_layer(layers: dict[str, Layer]) -> Explorer:
-    """A panel: one of these layers, with calibration text of a chosen kind and amount."""
+    """A panel: one of these layers, calibrated on some text of a chosen kind."""
     first = next(iter(layers.values()))
     most = min(len(x) for layer in layers.values() for x in layer.calibration.values())
     amounts = [2**power for power in range(most.bit_length())]
@@ -276,14 +308,18 @@ def explore_layer(layers: dict[str, Layer]) -> Explorer:
             options=amounts, value=amounts[-1], description="sequences"
         ),
     }
-    # they take longer than all the rest, and most moves need the same as the move before
+    # Hessians take longer than all the rest, and most moves need the same ones again
     calibrated = lru_cache(maxsize=16)(
         lambda layer, text, amount: calibrate(layers[layer].calibration[text][:amount])
     )
-    held_out = lru_cache(maxsize=8)(lambda layer: calibrate(layers[layer].held_out))
+    held_out = lru_cache(maxsize=8)(
+        lambda layer: [
+            calibrate(x) for x in (layers[layer].held_out, layers[layer].held_out[:, 1:])
+        ]
+    )
 
     def compute(layer, text, amount, **settings):
         calibration = calibrated(layer, text, amount)
-        return layer_view(layers[layer].weight, calibration, held_out(layer), **settings)
+        return layer_view(layers[layer].weight, calibration, *held_out(layer), **settings)
 
     return Explorer(controls, compute, LayerFigure())

@@ -1,4 +1,4 @@
-"""Pictures of AWQ: which input channels are scaled up, and what each exponent loses."""
+"""Pictures of AWQ: which input channels are scaled up, and the loss at each exponent."""
 
 import math
 
@@ -20,60 +20,86 @@ from chapter13.plots.picture import (
 NEAREST = METHOD_LOOK["nearest"].label
 
 
-def loss_curves(ratios: tuple[float, ...], losses: dict[str, list[float]]) -> Picture:
+def loss_curves(
+    ratios: tuple[float, ...],
+    losses: dict[str, list[float]],
+    ordinary: dict[str, list[float]] | None = None,
+) -> Picture:
     """One curve for each of up to four layers: its loss over r, as a multiple of that at r = 0.
 
-    The best r of each curve is marked. `losses`: name -> a loss for each of `ratios`.
+    The best r of each curve is marked, and named where it is the last of `ratios`, so that a larger
+    one might be better. `losses`: name -> a loss for each of `ratios`; `ordinary`: for some of the
+    names, the loss on held-out text without first tokens, dashed, in the same colour.
     """
-    words = []
+    words, curves = [], []
     with style():
-        figure, ax = new_figure(10, 4)
+        figure, ax = new_figure(10, 4.4)
         for (name, values), color, marker in zip(losses.items(), SERIES, "osD^", strict=False):
-            relative = np.array(values) / values[0]
-            best = int(relative.argmin())
-            ax.plot(ratios, relative, color=color, label=name)
-            ax.plot(ratios[best], relative[best], marker, ms=11, color=color)
-            words.append(f"{name} is best at r = {ratios[best]:.2f} with {relative[best]:.2g}")
+            kinds = {name: (values, "-")}
+            if name in (ordinary or {}):
+                kinds[f"{name}, held-out, no first tokens"] = ordinary[name], "--"
+            for label, (each, dash) in kinds.items():
+                relative = np.array(each) / each[0]
+                curves.append(relative)
+                best = int(relative.argmin())
+                ax.plot(ratios, relative, dash, color=color, label=label)
+                ax.plot(ratios[best], relative[best], marker, ms=11, color=color)
+                place = f"r = {ratios[best]:.2f} with {relative[best]:.2g}"
+                if best == len(ratios) - 1:
+                    place += ", the edge of the search,"
+                if best == len(ratios) - 1 and label == name:
+                    ax.annotate("edge of the search", (ratios[best], relative[best]), (-14, 12),
+                                textcoords="offset points", ha="right", weight="bold")  # fmt: skip
+                words.append(f"{label} is best at {place} and ends at {relative[-1]:.2g}")
         ax.axhline(1, lw=3, label=NEAREST, **method_fill("nearest"))
-        ax.set(xlabel="r", ylabel=f"loss / {NEAREST}'s", yscale="log")
-        set_loss_axis(ax, np.array([np.array(each) / each[0] for each in losses.values()]))
-        ax.legend(loc="lower left")
+        ax.set(xlabel="r", ylabel="loss / that of rounding", yscale="log")
+        set_loss_axis(ax, np.array(curves))
+        figure.legend(loc="outside upper center", ncols=2)
     return Picture(figure, f"Curves of loss over r, {NEAREST} is 1: {'; '.join(words)}.")
 
 
 class AwqFigure(LiveFigure):
-    """Shows an `explorers.awq.View`: the channels at the left, the loss over r at the right."""
+    """Shows an `explorers.awq.View`: the channels at the left, the loss over r at the right.
+
+    Dashed: the loss on held-out text without first tokens; NaN where there is no such text.
+    """
 
     def __init__(self):
         super().__init__(width=10, height=4.2, cols=2, width_ratios=[3, 2])
         channels, loss = self.axes
         with style():
             channels.set(
-                xscale="log", yscale="log", ylim=(1e-3, 1e3),
+                xscale="log", yscale="log", ylim=(1e-2, 1e3),
                 xlabel="input channels, largest mean |x| first", ylabel="value of a channel",
             )  # fmt: skip
             gray, teal, red = COLORS["original"], SERIES[1], COLORS["highlight"]
             (self._before,) = channels.plot([], [], color=gray, lw=3, label="mean |x|")
             (self._after,) = channels.plot([], [], color=teal, ls="--", label="mean |x| / s")
             (self._s,) = channels.plot([], [], color=red, lw=3, label="s")
-            self._band = channels.axvspan(0, 1, color=red, alpha=0.15, label="protected: s ≥ 2")
+            self._band = channels.axvspan(0, 1, color=red, alpha=0.15, label="s ≥ 2")
             channels.legend(loc="upper right", ncols=2)
-            loss.set(xlim=(-0.03, 0.98), yscale="log", xlabel="r", ylabel=f"loss / {NEAREST}'s")
+            loss.set(xlim=(-0.03, 0.98), yscale="log", xlabel="r", ylabel="loss / that of rounding")
             loss.axhline(1, lw=3, **method_fill("nearest"))
-            (self._curve,) = loss.plot([], [], lw=3, **method_fill("awq"))
-            (self._best,) = loss.plot([], [], "D", ms=11, color=COLORS["text"], label="best r")
+            look = {"lw": 3} | method_fill("awq")
+            (self._curve,) = loss.plot([], [], label="calibration", **look)
+            (self._ordinary,) = loss.plot(
+                [], [], ls="--", label="held-out, no first tokens", **look
+            )
+            (self._best,) = loss.plot([], [], "D", ms=11, color=COLORS["text"], label="found r")
             (self._now,) = loss.plot([], [], "o", ms=9, color=red, label="this r")
-            loss.legend(loc="lower left")
+            handles = [self._curve, self._ordinary, self._best, self._now]
+            self.figure.legend(handles=handles, loc="outside upper right", ncols=4)
         self.animate(self._band, self._before, self._after, self._s)
-        self.animate(self._curve, self._best, self._now)
+        self.animate(self._curve, self._ordinary, self._best, self._now)
 
     def update(self, view):
         rank = np.arange(1, len(view.activation) + 1)
         relative = view.losses / view.losses[0]
+        ordinary = view.ordinary / view.ordinary[0]
         if self.changed((len(rank), *view.losses)):  # another layer, bits or group size
             set_ticks(self.axes[0].xaxis, [1, 10, 100, 1000, 10000])
             self.axes[0].set_xlim(0.8, 1.2 * len(rank))
-            set_loss_axis(self.axes[1], relative)
+            set_loss_axis(self.axes[1], np.array([*relative, *ordinary[np.isfinite(ordinary)]]))
             self.redraw()
         self._before.set_data(rank, view.activation)
         self._after.set_data(rank, view.activation / view.s)
@@ -83,6 +109,7 @@ class AwqFigure(LiveFigure):
         self._band.set_visible(view.protected > 0)
         best, now = int(relative.argmin()), view.ratios.index(view.r)
         self._curve.set_data(view.ratios, relative)
+        self._ordinary.set_data(view.ratios, ordinary)
         self._best.set_data([view.ratios[best]], [relative[best]])
         self._now.set_data([view.r], [relative[now]])
 

@@ -37,7 +37,7 @@ def test_every_setting_by_the_definitions(layer):
                 now, best = losses[RATIOS.index(r)] / losses[0], min(losses) / losses[0]
                 assert re.search(rf"loss / plain rounding's +{now:.2g}\n", readout)
                 at = RATIOS[losses.index(min(losses))]
-                assert re.search(rf"best r, and its loss +{at:.2f}, {best:.2g}\n", readout)
+                assert re.search(rf"AWQ finds, and its loss +{at:.2f}, {best:.2g}\n", readout)
     panel.close()
 
 
@@ -50,5 +50,27 @@ def test_protected_channels(layer):
     # twice the median's scale at r = 1/2: four times its activation
     assert shown.protected == (activation >= 4 * activation.median()).sum() == 4
     assert np.allclose(shown.s, (shown.activation / np.sort(activation)[31]) ** 0.5, rtol=1e-6)
-    assert "4 of 64 channels" in shown.readout
+    assert re.search(r"channels with s of 2 or more +4 of 64\n", shown.readout)
     assert (np.diff(shown.activation) <= 0).all()
+
+
+def test_held_out_text_without_first_tokens(layer):
+    x, weight = layer
+    held_out = torch.randn(3, 10, 64, generator=torch.Generator().manual_seed(1))
+    held_out[:, 0] *= 1000
+    panel = explore_awq({"one": layer, "other": layer}, {"one": held_out})
+    activation, ordinary = x.abs().mean(0), held_out[:, 1:].flatten(0, 1)
+    losses = []
+    for r in RATIOS:
+        s = scales(activation, r)
+        restored = quantize_affine(weight * s, 4, 64).dequantize() / s
+        losses.append((ordinary @ (restored - weight).T).square().double().mean().item())
+    readout = panel.set(r=0.4)
+    assert panel.view.ordinary == pytest.approx(losses, rel=1e-4)
+    now = losses[RATIOS.index(0.4)] / losses[0]
+    assert re.search(rf"held-out, without first tokens +{now:.2g}\n", readout)
+    assert f"{now:.2g} on held-out text without first tokens" in panel.alt
+    assert panel.figure._ordinary.get_ydata()[-1] == pytest.approx(losses[-1] / losses[0])
+    assert "first tokens" not in panel.set(layer="other")
+    assert np.isnan(panel.view.ordinary).all()
+    panel.close()

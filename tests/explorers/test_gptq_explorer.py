@@ -3,6 +3,7 @@
 import itertools
 import re
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from chapter13.explorers.gptq import (
     correlated,
     explore_columns,
     explore_layer,
+    hessians,
     layer_view,
     steps,
 )
@@ -132,26 +134,25 @@ OPTIONS = list(itertools.product([False, True], [False, True], DAMPS[1:]))
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_layer_over_the_whole_grid(layers, bits):
-    W, texts = layers["one"].weight, (layers["one"].calibration["news"], layers["one"].held_out)
-    seen, unseen = (calibrate(text) for text in texts)
-    hessians = [gptq.hessian(text.flatten(0, 1)) for text in texts]
+    W, held_out = layers["one"].weight, layers["one"].held_out
+    texts = layers["one"].calibration["news"], held_out, held_out[:, 1:]
+    calibrated = [calibrate(text) for text in texts]
+    matrices = [gptq.hessian(text.flatten(0, 1)) for text in texts]
     for group_size in ("channel", 32, 16):
         nearest = quantize_affine(W, bits, group_size).dequantize()
         for act_order, clip_search, damp in OPTIONS:
             options = {"act_order": act_order, "clip_search": clip_search, "damp": damp}
-            Q = gptq.quantize(W, hessians[0], bits, group_size, **options).dequantize()
-            shown = layer_view(W, seen, unseen, "gptq", bits, group_size, **options)
-            expected = [[gptq.layer_loss(W, each, H) for H in hessians] for each in (nearest, Q)]
+            Q = gptq.quantize(W, matrices[0], bits, group_size, **options).dequantize()
+            shown = layer_view(W, *calibrated, "gptq", bits, group_size, **options)
+            expected = [[gptq.layer_loss(W, each, H) for H in matrices] for each in (nearest, Q)]
             assert shown.losses.tolist() == expected
+            assert shown.ratios.tolist() == [b / a for a, b in zip(*expected, strict=True)]
             assert f"{relative_rmse(W, Q):.1%}" in shown.readout
-            assert (
-                f"{expected[1][0]:.2g}, {expected[1][0] / expected[0][0]:.2f} of" in shown.readout
-            )
-            assert (
-                f"{expected[1][1]:.2g}, {expected[1][1] / expected[0][1]:.2f} of" in shown.readout
-            )
-        shown = layer_view(W, seen, unseen, "affine", bits, group_size, **options)
+            for loss, ratio in zip(expected[1], shown.ratios, strict=True):
+                assert f"{loss:.2g}, {ratio:.2g} of rounding's" in shown.readout
+        shown = layer_view(W, *calibrated, "affine", bits, group_size, **options)
         assert shown.losses.tolist() == [expected[0], expected[0]]
+        assert (shown.ratios == 1).all()
 
 
 def test_errors_by_channel(layers):
@@ -159,7 +160,7 @@ def test_errors_by_channel(layers):
     seen = calibrate(layer.calibration["news"])
     narrow = layer.weight[:, :16].contiguous()  # fewer than BINS: a bin is a channel
     few = calibrate(layer.calibration["news"][..., :16])
-    shown = layer_view(narrow, few, few, "affine", 3, 16, True, False, 0.01)
+    shown = layer_view(narrow, few, few, few, "affine", 3, 16, True, False, 0.01)
     order = few.hessian.diagonal().argsort(descending=True)
     assert order[0] == 9
     Q = quantize_affine(narrow, 3, 16).dequantize()
@@ -167,7 +168,7 @@ def test_errors_by_channel(layers):
     assert shown.errors[0] == pytest.approx(expected[order].numpy(), rel=1e-5)
     assert (shown.errors[0] == shown.errors[1]).all()
     assert layer_view(
-        layer.weight, seen, seen, "affine", 3, 16, True, False, 0.01
+        layer.weight, seen, seen, seen, "affine", 3, 16, True, False, 0.01
     ).errors.shape == (2, BINS)
 
 
@@ -184,9 +185,9 @@ def test_gptq_beats_rounding_on_the_text_it_saw(layers):
 
 def test_too_little_text_is_said(layers):
     panel = explore_layer(layers)
-    assert "take care" not in panel.readout
+    assert "warning" not in panel.readout
     said = panel.set(amount=1)
-    assert "take care" in said
+    assert "warning" in said
     assert "span" in said
     assert "do not apply" in panel.set(damp=0.0)
     assert "cannot be inverted" in panel.readout
@@ -206,7 +207,7 @@ def test_amount_and_text_choose_what_is_calibrated_on(layers):
             H = gptq.hessian(x.flatten(0, 1))
         loss = gptq.layer_loss(layer.weight, gptq.quantize(layer.weight, H, 4, 16).dequantize(), H)
         assert panel.view.losses[1, 0] == loss
-        assert f"{32 * amount}" in panel.readout
+        assert f"of rounding's, {32 * amount} tokens" in panel.readout
     panel.close()
 
 
@@ -235,6 +236,22 @@ def test_collect_sees_what_reaches_each_layer():
         assert torch.equal(model(tokens).logits, before)
 
 
+def test_hessians_of_several_layers_from_one_pass():
+    model = tiny_llama(intermediate_size=128)
+    tokens = torch.randint(90, (3, 60), generator=torch.Generator().manual_seed(1))
+    names = [f"model.layers.{index}.mlp.down_proj" for index in (0, 1)]
+    with torch.no_grad():
+        before = model(tokens).logits
+    found = hessians(model, tokens, names)
+    assert list(found) == names
+    for index, H in enumerate(found.values()):
+        x = collect(model, tokens, index)["mlp.down_proj"]
+        assert torch.allclose(H, gptq.hessian(x.flatten(0, 1)), rtol=1e-3, atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, before)
+    assert not any(layer._forward_pre_hooks for layer in model.modules())
+
+
 # --- pictures -----------------------------------------------------------------------------------
 
 
@@ -245,3 +262,17 @@ def test_a_hessians_patches_keep_the_largest():
     assert small.shape == (pictures.PATCHES, pictures.PATCHES)
     assert small[-1, 0] == 7
     assert (small == 1).sum() == small.size - 1
+
+
+def test_a_large_ratio_lies_at_the_edge_with_its_number(layers):
+    panel = explore_layer(layers)
+    figure = panel.figure
+    (dots,) = [line for line in figure.axes[0].lines if line.get_gid() == "method:gptq"]
+    assert dots.get_xdata() == pytest.approx(np.clip(panel.view.ratios, 0, figure.MOST))
+    figure.update(replace(panel.view, ratios=np.array([0.25, 1.5, 7.0])))
+    assert list(dots.get_xdata()) == [0.25, 1.5, figure.MOST]
+    assert [text.get_text() for text in figure._numbers] == ["0.25", "1.5", "7"]
+    assert dots.get_visible()
+    panel.set(method="affine")
+    assert not dots.get_visible()
+    panel.close()

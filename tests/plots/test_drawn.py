@@ -464,31 +464,54 @@ def test_a_hessian_is_drawn_over_its_median():
 
 def test_damping_has_a_curve_for_each_text():
     losses = {"seen": [1e-4, 1e-3, 1e-2], "unseen": [2e-2, 1e-2, 2e-2]}
-    figure, shown = drawn(gptq_plots.damping, [0.001, 0.01, 1], losses)
-    for label, values in losses.items():
-        assert line_of(figure.axes[0], label).get_ydata().tolist() == values
-    assert "farthest apart at 0.001" in shown.alt
-
-
-def test_loss_ratios_have_a_row_for_each_layer():
-    ratios = {"a": {"plain": 0.5, "ordered": 0.6}, "b": {"plain": 0.9, "ordered": 0.01}}
-    figure, shown = drawn(gptq_plots.loss_ratios, ratios)
+    figure, shown = drawn(gptq_plots.damping, [0.001, 0.01, 1], losses, 0.03)
     (ax,) = figure.axes
-    assert points(line_of(ax, "GPTQ, plain")) == [(0.5, 0), (0.9, 1)]
-    assert points(line_of(ax, "GPTQ, ordered")) == [(0.6, 0), (0.01, 1)]
-    assert tick_words(ax.yaxis) == ["a", "b"]
-    assert "ordered lies below plain in 1 of them, and lowest of all on b" in shown.alt
+    for label, values in losses.items():
+        assert line_of(ax, f"GPTQ, {label}").get_ydata().tolist() == values
+    assert set(line_of(ax, "round to nearest, held-out text").get_ydata()) == {0.03}
+    assert points(ax.lines[-1]) == [(0.01, 1e-2)]  # the ring around the least
+    assert "held-out loss is least at 0.01, with 0.01; round to nearest has 0.03" in shown.alt
+
+
+def test_loss_ratios_have_a_panel_for_each_text_and_a_row_for_each_layer():
+    ratios = {"a": {"plain": 0.5, "ordered": 0.6}, "b": {"plain": 0.9, "ordered": 0.01}}
+    unseen = {"a": {"plain": 1.5, "ordered": 1.6}, "b": {"plain": 1.2, "ordered": 0.02}}
+    figure, shown = drawn(gptq_plots.loss_ratios, {"seen": ratios, "unseen": unseen})
+    left, right = figure.axes
+    assert points(line_of(left, "GPTQ, plain")) == [(0.5, 0), (0.9, 1)]
+    assert points(line_of(left, "GPTQ, ordered")) == [(0.6, 0), (0.01, 1)]
+    assert points(line_of(right, "GPTQ, ordered")) == [(1.6, 0), (0.02, 1)]
+    assert set(line_of(right, "round to nearest").get_xdata()) == {1}
+    assert tick_words(left.yaxis) == ["a", "b"]
+    assert (left.get_title(), right.get_title()) == ("seen", "unseen")
+    assert "seen: above rounding's plain in 0, ordered in 0 of 2 rows" in shown.alt
+    assert "unseen: above rounding's plain in 2, ordered in 1 of 2 rows" in shown.alt
+
+
+def test_paired_differences_lie_beside_their_baseline():
+    rows = {"GPTQ": (-0.1, -0.15, -0.05), "NF4": (0.02, -0.01, 0.05), "another": (-0.2, -0.3, -0.1)}
+    figure, shown = drawn(gptq_plots.paired, rows, "round to nearest")
+    (ax,) = figure.axes
+    baseline, *dots = ax.lines
+    assert set(baseline.get_xdata()) == {0}
+    assert [points(line) for line in dots] == [[(-0.1, 0)], [(0.02, 1)], [(-0.2, 2)]]
+    bars = [segment[:, 0].tolist() for each in ax.collections for segment in each.get_segments()]
+    assert bars == [list(interval) for _, *interval in rows.values()]
+    assert tick_words(ax.yaxis) == list(rows)
+    assert texts(ax) == ["−0.100", "+0.020", "−0.200"]
+    assert "KL less that of round to nearest. GPTQ -0.100 (-0.150 to -0.050); NF4" in shown.alt
 
 
 def test_amounts_have_a_curve_for_each_text_and_a_line_for_each_method():
     curves = {"news": {1: 0.4, 16: 0.25}, "encyclopedia": {1: 0.35, 16: 0.2}}
-    lines = {"round to nearest": 0.5, "NF4": 0.3}
+    lines = {"round to nearest": 0.5, "NF4": 0.3, "round to nearest, clip search": 0.4}
     figure, shown = drawn(gptq_plots.amounts, curves, lines)
     (ax,) = figure.axes
     for label, expected in curves.items():
-        assert points(line_of(ax, f"GPTQ, {label}")) == list(expected.items())
+        assert points(line_of(ax, f"GPTQ, clip search, {label}")) == list(expected.items())
     for label, value in lines.items():
         assert set(line_of(ax, label).get_ydata()) == {value}
+        assert line_of(ax, label).get_linestyle() == ("--" if "," in label else "-")
     assert "news from 0.40 with 1 to 0.25 with 16" in shown.alt
 
 
@@ -588,7 +611,22 @@ def test_loss_curves_mark_the_best():
     assert points(attention) == [(0, 1), (0.5, 2), (0.9, 3)]
     assert points(other) == [(0, 1)]
     assert set(rounding_to_nearest.get_ydata()) == {1}
-    assert "mlp is best at r = 0.50 with 0.5; attention is best at r = 0.00 with 1." in shown.alt
+    assert "mlp is best at r = 0.50 with 0.5 and ends at 2; attention is best at r = " in shown.alt
+    assert not texts(figure.axes[0])
+
+
+def test_loss_curves_name_the_edge_and_dash_what_is_held_out():
+    losses, ordinary = {"mlp": [4.0, 2.0, 1.0]}, {"mlp": [1.0, 2.0, 3.0]}
+    figure, shown = drawn(awq.loss_curves, (0.0, 0.5, 0.9), losses, ordinary)
+    mlp, best, dashed, other, _ = figure.axes[0].lines
+    assert points(best) == [(0.9, 0.25)]
+    assert points(dashed) == [(0, 1), (0.5, 2), (0.9, 3)]
+    assert points(other) == [(0, 1)]
+    assert (mlp.get_linestyle(), dashed.get_linestyle()) == ("-", "--")
+    assert mlp.get_color() == dashed.get_color()
+    assert texts(figure.axes[0]) == ["edge of the search"]
+    assert "with 0.25, the edge of the search," in shown.alt
+    assert "mlp, held-out, no first tokens is best at r = 0.00" in shown.alt
 
 
 def test_scale_curve_marks_the_best():
