@@ -167,21 +167,13 @@ def test_glossary_goes_from_a_to_z():
     assert headings == sorted(set(headings), key=str.casefold)
 
 
-# What readers meet in other programs and papers. Their entries lead to the nearest place in a
-# notebook, or to the source.
+# Terms of other programs and papers. Their entries lead to the nearest place in a notebook, or to
+# the source.
 ELSEWHERE = {
     "compressed-tensors",
-    "crest factor",
-    "decode",
-    "E2M1",
     "E5M2",
-    "FP8",
     "IQ types",
     "Marlin",
-    "memory bound",
-    "NVFP4",
-    "overfitting",
-    "prefill",
     "SIMD",
     "throughput",
 }
