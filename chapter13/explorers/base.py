@@ -360,9 +360,11 @@ def _over(words, readout):
 
 
 def _heading(text, width):
-    """A strip of pixels, `width` wide, that holds a line of text."""
+    """A strip of pixels, `width` wide, that holds text, on as many lines as it takes."""
+    rows = textwrap.wrap(text, width // 13)  # of the widest letters at this size, on average
     with style():
-        figure, ax = new_figure(width=width / 100, height=0.4)
+        figure, ax = new_figure(width=width / 100, height=0.1 + 0.3 * len(rows))
         ax.set_axis_off()
-        ax.text(0, 0.5, text, fontsize=15, weight="bold", va="center", transform=ax.transAxes)
+        words = "\n".join(rows)
+        ax.text(0, 0.5, words, fontsize=15, weight="bold", va="center", transform=ax.transAxes)
         return pixels(figure)

@@ -21,7 +21,7 @@ from matplotlib.text import Text
 from PIL import Image
 from tiny import toy_model, weight
 
-from chapter13.explorers.base import LINE, Explorer, lines
+from chapter13.explorers.base import LINE, Explorer, _heading, lines
 from chapter13.explorers.layers import GroupSizeSlider
 from chapter13.explorers.table import Table
 from chapter13.plots import LiveFigure, style
@@ -380,6 +380,17 @@ def test_snapshots_are_rows_and_change_nothing(toy):
     assert toy.settings == before[0]
     assert toy.readout == before[1]
     assert np.array_equal(toy.figure.pixels(), before[2])
+
+
+@pytest.mark.parametrize("width", [700, 1000])
+@pytest.mark.parametrize("words", [1, 8, 24])
+def test_a_heading_is_never_cut(words, width):
+    strip = _heading(" ".join(["memory 48"] * words), width)
+    assert strip.shape[1] == width
+    dark = (strip < 250).any(2)
+    assert dark.any()
+    assert not dark[:, -4:].any()
+    assert not dark[[0, -1]].any()
 
 
 def test_snapshots_of_settings_that_do_not_fit_are_refused(toy):
