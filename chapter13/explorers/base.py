@@ -361,7 +361,7 @@ def _over(words, readout):
 
 def _heading(text, width):
     """A strip of pixels, `width` wide, that holds text, on as many lines as it takes."""
-    rows = textwrap.wrap(text, width // 13)  # of the widest letters at this size, on average
+    rows = textwrap.wrap(text, width // 15)  # pixels of a wide letter
     with style():
         figure, ax = new_figure(width=width / 100, height=0.1 + 0.3 * len(rows))
         ax.set_axis_off()

@@ -112,6 +112,8 @@ class View:
     """The reconstruction's histogram: densities on `edges`, in standard deviations."""
     zeros: float
     """Share of the weights that become exactly 0."""
+    relative_error: float
+    """The root mean square of the error, over that of the weights."""
     error_density: np.ndarray
     """The error's histogram: densities on EDGES, in units of the error's root mean square."""
     quantiles: np.ndarray
@@ -187,7 +189,7 @@ def view(
     used, information = np.count_nonzero(code_counts), entropy(code_counts)
     zeros = 1 - approximation.count_nonzero().item() / weight.numel()
     error = mse(weight, approximation)
-    _, sqnr = relative_and_db(error, layer.rms)
+    relative, sqnr = relative_and_db(error, layer.rms)
 
     shown = approximation.view(-1)[layer.drawn]
     errors = np.sort((shown - weight.view(-1)[layer.drawn]).numpy())
@@ -223,6 +225,7 @@ def view(
         edges=edges,
         density=_density(values, layer.sigma, edges),
         zeros=zeros,
+        relative_error=relative,
         error_density=_density(errors, error**0.5 or 1.0),
         quantiles=_quantiles(values) / layer.sigma,
         output_losses=losses,

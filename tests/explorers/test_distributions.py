@@ -93,6 +93,9 @@ def test_numbers_are_the_packages_own(name, method):
         # both sums: at most 256 terms of at most 0.54, each off by a few parts in 2**53
         assert abs(shown.entropy - expected) <= 256 * 2.0**-50
         assert shown.zeros == 1 - (approximation != 0).sum().item() / weight.numel()
+        off = (weight - approximation).double().norm() / (given.double().norm() or 1)
+        # mean squares of up to 4096 squares in float32, against float64
+        assert shown.relative_error == pytest.approx(off.item(), rel=1e-4)
 
         readout = {label: value.strip() for label, value in shown_numbers(shown.readout).items()}
         assert readout == {
