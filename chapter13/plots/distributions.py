@@ -228,12 +228,13 @@ class DistributionsFigure(LiveFigure):
         with style():
             weights = self.figure.add_subplot(grid[0, :2])
             quantiles = self.figure.add_subplot(grid[:, 2])
-            self._code_axes, errors = codes, _ = self.axes[1, :2]
+            codes, errors = self.axes[1, :2]
             self.figure.suptitle("What is left of the distribution?", weight="bold", fontsize=14)
             weights.set(xlim=(-4.5, 4.5), ylim=(0, 1.5), yticks=[0, 0.5, 1])
             weights.set(xlabel="weight, in σ (gray: before)", ylabel="density / max")
             codes.set(xlim=(0, 1), ylim=(0, 1.1), yticks=[0, 0.5, 1])
-            codes.set(xlabel="code", ylabel="count / max")
+            codes.set(xticks=[], ylabel="count / max")
+            codes.set_xlabel("code", labelpad=20)  # room for the codes' names, which change
             codes.grid(visible=False)
             errors.set(xlim=(-3.5, 3.5), ylim=(0, 0.75), yticks=[0, 0.25, 0.5])
             errors.set(xlabel="error / RMS (gray: weights)")
@@ -256,6 +257,10 @@ class DistributionsFigure(LiveFigure):
             self._levels = LineCollection([], capstyle="butt")
             weights.add_collection(self._levels, autolim=False)
             self._codes = codes.stairs(*nothing, fill=True)
+            below = {"transform": codes.get_xaxis_transform(), "fontsize": 12}
+            self._names = [
+                codes.text(0, -0.06, "", ha="center", va="top", **below) for _ in range(5)
+            ]
             self._shape = errors.stairs(*nothing, **gray)
             self._errors = errors.stairs(*nothing, lw=1.8, color=COLORS["error"])
             half = 3**0.5  # a uniform error reaches sqrt(3) times its root mean square
@@ -270,6 +275,7 @@ class DistributionsFigure(LiveFigure):
             (self._points,) = quantiles.plot([], [], "o", ms=3.5)
             self.animate(self._weights, self._reconstruction, self._levels, self._codes)
             self.animate(self._shape, self._errors, box, self._points, self._zeros, self._used)
+            self.animate(*self._names)
 
     def update(self, view):
         layer, look = view.layer, method_fill(view.method)
@@ -280,10 +286,9 @@ class DistributionsFigure(LiveFigure):
         self._levels.set_segments([((x, 0), (x, 0.12)) for x in view.levels])
         self._levels.set(linewidth=3 if len(view.levels) < 33 else 1, **look)
 
-        ticks = code_ticks(view.method, view.bits)
-        if self.changed(ticks):
-            self._code_axes.set_xticks(*ticks)
-            self.redraw()
+        names = [*zip(*code_ticks(view.method, view.bits), strict=True)] + [(0, "")] * 5
+        for text, (place, words) in zip(self._names, names, strict=False):
+            text.set(x=place, text=words)
         heights = view.code_counts / view.code_counts.max()
         self._codes.set_data(heights, np.linspace(0, 1, len(heights) + 1))
         self._codes.set(**look)
