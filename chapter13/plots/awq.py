@@ -31,30 +31,35 @@ def loss_curves(
     one might be better. `losses`: name -> a loss for each of `ratios`; `ordinary`: for some of the
     names, the loss on held-out text without first tokens, dashed, in the same colour.
     """
-    words, curves = [], []
+    words, curves, ordinary = [], [], ordinary or {}
     with style():
-        figure, ax = new_figure(10, 4.4)
+        figure, ax = new_figure(10, 4.2)
         for (name, values), color, marker in zip(losses.items(), SERIES, "osD^", strict=False):
-            kinds = {name: (values, "-")}
-            if name in (ordinary or {}):
-                kinds[f"{name}, held-out, no first tokens"] = ordinary[name], "--"
-            for label, (each, dash) in kinds.items():
-                relative = np.array(each) / each[0]
-                curves.append(relative)
-                best = int(relative.argmin())
-                ax.plot(ratios, relative, dash, color=color, label=label)
-                ax.plot(ratios[best], relative[best], marker, ms=11, color=color)
-                place = f"r = {ratios[best]:.2f} with {relative[best]:.2g}"
-                if best == len(ratios) - 1:
-                    place += ", the edge of the search,"
-                if best == len(ratios) - 1 and label == name:
-                    ax.annotate("edge of the search", (ratios[best], relative[best]), (-14, 12),
-                                textcoords="offset points", ha="right", weight="bold")  # fmt: skip
-                words.append(f"{label} is best at {place} and ends at {relative[-1]:.2g}")
+            relative = np.array(values) / values[0]
+            best = int(relative.argmin())
+            curves.append(relative)
+            ax.plot(ratios, relative, color=color, label=name)
+            ax.plot(ratios[best], relative[best], marker, ms=11, color=color)
+            told = f"{name} is best at r = {ratios[best]:.2f} with {relative[best]:.2g}"
+            if best == len(ratios) - 1:
+                told += ", the edge of the search"
+                ax.annotate(
+                    "edge of the search", (ratios[best], relative[best]), (-14, 12), ha="right",
+                    textcoords="offset points", weight="bold",
+                    bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+                )  # fmt: skip
+            if name in ordinary:
+                other = np.array(ordinary[name]) / ordinary[name][0]
+                curves.append(other)
+                ax.plot(ratios, other, "--", color=color)
+                told += f" ({other[best]:.2g} held-out, no first tokens)"
+            words.append(told)
+        if ordinary:
+            ax.plot([], [], "--", color=COLORS["text"], label="held-out, no first tokens")
         ax.axhline(1, lw=3, label=NEAREST, **method_fill("nearest"))
         ax.set(xlabel="r", ylabel="loss / that of rounding", yscale="log")
         set_loss_axis(ax, np.array(curves))
-        figure.legend(loc="outside upper center", ncols=2)
+        figure.legend(loc="outside upper center", ncols=3)
     return Picture(figure, f"Curves of loss over r, {NEAREST} is 1: {'; '.join(words)}.")
 
 

@@ -611,22 +611,20 @@ def test_loss_curves_mark_the_best():
     assert points(attention) == [(0, 1), (0.5, 2), (0.9, 3)]
     assert points(other) == [(0, 1)]
     assert set(rounding_to_nearest.get_ydata()) == {1}
-    assert "mlp is best at r = 0.50 with 0.5 and ends at 2; attention is best at r = " in shown.alt
+    assert "mlp is best at r = 0.50 with 0.5; attention is best at r = 0.00 with 1." in shown.alt
     assert not texts(figure.axes[0])
 
 
 def test_loss_curves_name_the_edge_and_dash_what_is_held_out():
     losses, ordinary = {"mlp": [4.0, 2.0, 1.0]}, {"mlp": [1.0, 2.0, 3.0]}
     figure, shown = drawn(awq.loss_curves, (0.0, 0.5, 0.9), losses, ordinary)
-    mlp, best, dashed, other, _ = figure.axes[0].lines
+    mlp, best, dashed, *_ = figure.axes[0].lines
     assert points(best) == [(0.9, 0.25)]
     assert points(dashed) == [(0, 1), (0.5, 2), (0.9, 3)]
-    assert points(other) == [(0, 1)]
     assert (mlp.get_linestyle(), dashed.get_linestyle()) == ("-", "--")
     assert mlp.get_color() == dashed.get_color()
     assert texts(figure.axes[0]) == ["edge of the search"]
-    assert "with 0.25, the edge of the search," in shown.alt
-    assert "mlp, held-out, no first tokens is best at r = 0.00" in shown.alt
+    assert "with 0.25, the edge of the search (3 held-out, no first tokens)." in shown.alt
 
 
 def test_scale_curve_marks_the_best():
