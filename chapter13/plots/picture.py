@@ -175,9 +175,9 @@ def pixels(figure):
 
 
 def small_png(image):
-    """uint8 (height, width, 3) pixels -> PNG bytes with a palette of 128 colors."""
+    """uint8 (height, width, 3) pixels -> PNG bytes with a palette of 64 colors."""
     file = io.BytesIO()
-    palette = Image.fromarray(image).quantize(128, dither=Image.Dither.NONE)
+    palette = Image.fromarray(image).quantize(64, dither=Image.Dither.NONE)
     palette.save(file, "png", optimize=True)
     return file.getvalue()
 
