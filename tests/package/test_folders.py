@@ -173,7 +173,7 @@ def test_paths_that_are_no_folder(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=says(tmp_path / "out", "`quantize`")):
         folders.kind(tmp_path / "out")
     for name in tmp_path / "nothing", "./nothing", "~/nothing", "nothing/", "a/b/c":
-        with pytest.raises(FileNotFoundError, match=says("folder")):
+        with pytest.raises(FileNotFoundError, match=says("no folder", name)):
             folders.kind(name)
 
 
@@ -295,7 +295,7 @@ def test_links(tmp_path):
         folders.run_folder(tmp_path / "to file" / "out")
     with pytest.raises(NotADirectoryError, match=says(tmp_path / "dangling", "link")):
         folders.run_folder(tmp_path / "dangling" / "out")
-    with pytest.raises(FileNotFoundError, match=says("folder")):
+    with pytest.raises(FileNotFoundError, match=says("no folder", tmp_path / "dangling")):
         folders.kind(tmp_path / "dangling")
 
 

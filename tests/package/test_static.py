@@ -150,7 +150,7 @@ def test_wrong_observers(arguments, message):
 
 
 def test_nothing_seen_or_not_finite():
-    with pytest.raises(ValueError, match=says("inputs")):
+    with pytest.raises(ValueError, match=says("no inputs", "calibrate")):
         Statistics.empty(4).clip()
     with pytest.raises(ValueError, match=says("1 NaN", "Inf")):
         seen(torch.tensor([[1.0, torch.inf]]))
