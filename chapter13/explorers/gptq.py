@@ -131,7 +131,7 @@ def explore_columns(weight: torch.Tensor) -> Explorer:
     controls = {
         "column": widgets.IntSlider(0, 0, weight.shape[1], description="columns rounded"),
         "correlation": widgets.SelectionSlider(
-            options=CORRELATIONS, value=0.8, description="correlation of neighbouring inputs"
+            options=CORRELATIONS, value=0.8, description="correlation of neighboring inputs"
         ),
         "bits": widgets.IntSlider(3, 2, 4, description="bits"),
     }
