@@ -167,7 +167,7 @@ def problems(path):
     path = Path(path)
     notebook = read(path)
     found = output_problems(notebook) + metadata_problems(notebook) + shape_problems(notebook)
-    found += text_problems(notebook) + link_problems(notebook, path)
+    found += text_problems(notebook) + link_problems(notebook, path) + panel_problems(notebook)
     found += navigation_problems(notebook, path.resolve())
     size = path.stat().st_size
     if size >= MOST_BYTES:
@@ -243,6 +243,19 @@ def shape_problems(notebook):
     first = next(pictures, None)
     if first is None or first > FIGURE_WITHIN:
         found.append(f"the first picture comes in code cell {first}, not within {FIGURE_WITHIN}")
+    return found
+
+
+def panel_problems(notebook):
+    """Panels that a later cell moves: after Run All they no longer show what the text describes."""
+    found, shown = [], set()
+    for index, cell in enumerate(notebook.cells):
+        if is_code(cell):
+            moved = [name for name in sorted(shown) if re.search(rf"\b{name}\.set\(", cell.source)]
+            found += [f"{named(index, cell)} moves {name}: use {name}.at(...)" for name in moved]
+            last = cell.source.splitlines()[-1]
+            if last.isidentifier() and re.search(rf"^{last} = .*\bexplore_", cell.source, re.M):
+                shown.add(last)
     return found
 
 

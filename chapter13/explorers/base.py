@@ -34,6 +34,7 @@ An explorer is three things, each of which can be read and tested alone:
         return Explorer(controls, partial(compute, weight), BarsFigure())
 
     panel = explore_bits(weight)          # a cell that ends with `panel` shows it
+    print(panel.at(bits=4, group_size=64).readout)    # of other settings; nothing moves
     print(panel.set(bits=4, group_size=64))       # moves the controls, returns the readout
     panel.snapshots([{"bits": 8}, {"bits": 3}])   # a static picture for those who only read,
     panel.table([{"bits": 8}, {"bits": 3}])       # and the readouts side by side
@@ -191,6 +192,17 @@ class Explorer(widgets.VBox):
         """name -> the control's value, now."""
         return {name: control.value for name, control in self.controls.items()}
 
+    def at(self, **settings):
+        """The view of other settings; controls that are not named keep their value, and all stay.
+
+        So what a reader sees in the panel is what the text above it describes, also when all cells
+        of a notebook have run. Raises ValueError where there is no such control, and with the
+        panel's words where the settings do not fit each other.
+        """
+        for name in settings:
+            self._control(name)
+        return self.compute(**self.settings | settings)
+
     def set(self, **settings):
         """Move the controls named, compute once, return the readout.
 
@@ -215,7 +227,7 @@ class Explorer(widgets.VBox):
         """One static Picture, a row for each dict of settings; other controls stay as they are."""
         rows, alts = [], []
         for changed in settings:
-            view = self.compute(**{**self.settings, **changed})
+            view = self.at(**changed)
             self.figure.update(view)
             title = ", ".join(self._say(name, value) for name, value in changed.items())
             image = self.figure.pixels()
@@ -250,10 +262,13 @@ class Explorer(widgets.VBox):
             widget.close()
         super().close()
 
-    def _move(self, name, value):
+    def _control(self, name):
         if name not in self.controls:
             raise ValueError(f"no control {name!r} here; there are: {', '.join(self.controls)}")
-        control = self.controls[name]
+        return self.controls[name]
+
+    def _move(self, name, value):
+        control = self._control(name)
         try:
             control.value = value
             taken = control.value == value  # a slider silently moves to its nearest end

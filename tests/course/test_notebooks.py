@@ -230,6 +230,11 @@ def spoil_text_picture(nb):
     nb.cells[3].source += " ![](https://example.org/a.png)"
 
 
+def spoil_panel(nb):
+    nb.cells[1].source = "panel = explore_bits(weight)\npanel.set(bits=3)\npanel"
+    nb.cells[2].source = "print(panel.at(bits=4).readout)\nprint(panel.set(bits=2))"
+
+
 def spoil_size(nb):
     nb.cells[2].outputs = [new_output("stream", name="stdout", text="x" * 300_000)]
 
@@ -261,6 +266,7 @@ def spoil_size(nb):
         (spoil_file_link, "links to 01_gone.ipynb, which does not exist"),
         (spoil_heading_link, "links to #Nowhere: no such heading"),
         (spoil_text_picture, "a picture in the text has no alt text"),
+        (spoil_panel, "moves panel: use panel.at(...)"),
         (spoil_size, "should be below 300 kB"),
     ],
 )

@@ -19,7 +19,7 @@ import torch
 from ipywidgets.widgets.widget import _instances as living_widgets
 from matplotlib.text import Text
 from PIL import Image
-from tiny import toy_model, weight
+from tiny import says, toy_model, weight
 
 from chapter13.explorers.base import LINE, Explorer, _heading, lines
 from chapter13.explorers.layers import GroupSizeSlider
@@ -368,6 +368,15 @@ def test_words_reach_the_browser_with_the_picture(toy):
     toy.set(bits=6)
     assert toy._picture.tooltip == toy.alt == "a line at 6"
     assert toy._picture.get_state()["description"] == ""  # without it there is no title
+
+
+def test_other_settings_are_read_and_nothing_moves(toy):
+    before = toy.settings, toy.readout, toy.view
+    elsewhere = toy.at(bits=3)
+    assert (toy.settings, toy.readout, toy.view) == before
+    assert toy.set(bits=3) == elsewhere.readout != before[1]
+    with pytest.raises(ValueError, match=says("'bit'", "bits")):
+        toy.at(bit=3)
 
 
 def test_snapshots_are_rows_and_change_nothing(toy):
