@@ -181,7 +181,7 @@ def read(path: Path | str) -> GGUF:
         metadata, entries = gguf_file.parse(mapping.numpy().data)
         part, parts = gguf_file.part_of(metadata)
     except ValueError as error:
-        raise ValueError(f"{path} is not a sound GGUF file: {error}") from None
+        raise ValueError(f"{path} is not a valid GGUF file: {error}") from None
     if parts > 1:
         raise ValueError(
             f"{path} is part {part} of {parts} of a split file and lacks the others' tensors: join "

@@ -73,7 +73,8 @@ def environment(packages: tuple[str, ...] = ()) -> dict:
 def machine() -> str:
     """The processor, torch's vector instructions and threads, and the GPU if there is one."""
     words = f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}"
-    words += f", {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    words += f", {threads} thread{'s' * (threads > 1)}"
     if torch.cuda.is_available():
         words += f", {torch.cuda.get_device_name()}"
     return words

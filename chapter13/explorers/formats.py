@@ -200,10 +200,12 @@ def _speeds(most: Iterable[float]) -> str:
     """The range of ceilings in words; "" where there is none.
 
     >>> _speeds([62.04, 185.3]), _speeds([7.12]), _speeds([])
-    (', at most 62 to 185 tokens/s', ', at most 7.12 tokens/s', '')
+    (', at most 62 (slowest) to 185 (fastest) tokens/s', ', at most 7.12 tokens/s', '')
     """
     words = list(dict.fromkeys(_three_digits(speed) for speed in sorted(most)))
-    return f", at most {' to '.join(words[:1] + words[1:][-1:])} tokens/s" if words else ""
+    if len(words) > 1:
+        words = [f"{words[0]} (slowest) to {words[-1]} (fastest)"]
+    return f", at most {words[0]} tokens/s" if words else ""
 
 
 def _three_digits(number: float) -> str:

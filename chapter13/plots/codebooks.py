@@ -77,8 +77,9 @@ def bit_stream(codes, bits):
             ax.text(8 * byte + 4, -0.62, f"byte {byte}: {value}", ha="center", va="center")
         return Picture(
             figure,
-            f"{len(codes)} codes of {bits} bits written one after the other, in two colors by "
-            f"turns. They fill {total} bytes, marked below; a code may lie across two bytes.",
+            f"{len(codes)} codes of {bits} bits written one after the other, in two "
+            f"alternating colors. They fill {total} bytes, marked below; a code may lie across "
+            "two bytes.",
         )
 
 
@@ -216,7 +217,10 @@ def error_chart(table):
             f"{METHOD_LOOK[min(errors, key=errors.get)].label} on {name}"
             for name, errors in table.items()
         )
-        return Picture(figure, f"Relative RMSE by weights and method. The smallest error: {best}.")
+        return Picture(
+            figure,
+            f"Relative RMSE by weights and method. The method with the smallest error: {best}.",
+        )
 
 
 def error_sources(levels, x, scale):

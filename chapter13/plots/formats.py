@@ -65,7 +65,7 @@ def spacing(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Picture:
                 ax.plot(magnitudes[-1], gaps[-1], "|", **bar)
                 place = (magnitudes[-1], gaps[-1] / 20)
                 ax.text(*place, f"the end of {name}", ha="center", va="top", **bold)
-                said.append(f"The bar is the end of {name}.")
+                said.append(f"The vertical bar marks the largest {name} number.")
             flat = magnitudes[gaps == gaps[0]]
             if flat[-1] > 4 * flat[0]:
                 middle = np.sqrt(flat[0] * flat[-1])
@@ -213,7 +213,7 @@ def sizes_and_cards(sizes: dict[str, dict[str, float]], cards: dict[str, float])
         ax.legend(loc="lower left", title="format")
     largest, row = list(sizes.items())[-1]
     alt = (
-        "The weights of each model in each format, on a log axis; dashed lines are the memory "
+        "The weights of each model in each format, on a log axis; dashed lines mark the memory "
         f"of cards. {largest} goes from {row['fp32']:.0f} GB to {row['int4']:.0f} GB."
     )
     return Picture(figure, alt)

@@ -156,8 +156,8 @@ def block_sizes(points):
         )
         return Picture(
             figure,
-            f"Left: bits per weight fall as blocks grow. Right: the error rises. Dotted: 32. "
-            f"{told}.",
+            "Left: bits per weight fall as blocks grow. Right: the error rises. "
+            f"A dotted line marks 32. {told}.",
         )
 
 

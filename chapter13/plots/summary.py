@@ -174,7 +174,9 @@ def loss_over_size(published, own, top=100):
         for label, (_, (billions, loss)) in own.items()
     ]
     return Picture(
-        figure, f"Perplexity lost against parameters, both logarithmic. {'; '.join(said)}."
+        figure,
+        "The percentage by which perplexity rises, against parameters, both logarithmic. "
+        f"{'; '.join(said)}.",
     )
 
 

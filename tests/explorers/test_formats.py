@@ -201,7 +201,9 @@ def test_the_readout_says_what_the_view_holds(panel):
         assert read == f"{view.read:.3g}"
         assert bool(speeds) == bool(view.holds)
         if view.holds:
-            ends = re.fullmatch(r", at most (\S+)(?: to (\S+))? tokens/s", speeds).groups()
+            ends = re.fullmatch(
+                r", at most (\S+)(?: \(slowest\) to (\S+) \(fastest\))? tokens/s", speeds
+            ).groups()
             ends = [float(end.replace(",", "")) for end in ends if end]
             assert ends[0] == pytest.approx(min(view.ceilings.values()), rel=5e-3)
             assert ends[-1] == pytest.approx(max(view.ceilings.values()), rel=5e-3)
