@@ -90,18 +90,20 @@ def displayed_panels(notebook):
 
 
 @COURSE
-def test_a_picture_and_a_table_stand_for_each_explorer(path):
-    notebook = notebooks.read(path)
-    for name in displayed_panels(notebook):
-        for method, kind in {"snapshots": "image/png", "table": "text/html"}.items():
-            cells = [
-                cell for cell in notebook.cells
-                if cell.cell_type == "code" and f"{name}.{method}(" in cell.source
-            ]  # fmt: skip
-            assert cells, f"{name}: no {method}"
-            for cell in cells:
-                assert kind in cell.outputs[0].data, cell.id
-                assert method != "table" or "<table" in cell.outputs[0].data["text/html"]
+def test_other_settings_are_shown_beside_each_explorer(path):
+    """For those who run nothing: pictures or a table of other settings, or what is read there."""
+    code = [cell for cell in notebooks.read(path).cells if notebooks.is_code(cell)]
+    for name in displayed_panels(notebooks.read(path)):
+        (shown,) = (cell for cell in code if cell.source.splitlines()[-1] == name)
+        assert "image/png" in shown.outputs[0].data, f"{name} has left no picture"
+        other = re.compile(rf"\b{name}\.(at|snapshots|table)\(")
+        asked = [cell for cell in code if other.search(cell.source)]
+        assert asked, f"{name} is shown at one setting alone"
+        for cell in asked:
+            if f"{name}.snapshots(" in cell.source:
+                assert "image/png" in cell.outputs[0].data, cell.id
+            if f"{name}.table(" in cell.source:
+                assert "<table" in cell.outputs[0].data["text/html"], cell.id
 
 
 def test_there_are_explorers_to_ask_for():
