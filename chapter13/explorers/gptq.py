@@ -115,13 +115,14 @@ def columns_view(weight: torch.Tensor, column: int, correlation: float, bits: in
         readout=lines(
             ("columns rounded", f"{column} of {weight.shape[1]}"),
             ("loss so far, GPTQ", f"{now:.2f}"),
-            ("loss so far, round to nearest", f"{nearest:.2f} of 1.00 in the end"),
+            ("loss so far, round to nearest", f"{nearest:.2f} (1.00 at the end)"),
             ("largest compensation", f"{ahead.max(initial=0):.2f}"),
         ),
         alt=(
             f"Left: a matrix of {weight.shape[0]} by {weight.shape[1]} weights with the first "
             f"{column} columns rounded, and what has been added to each weight. Right: the loss so "
-            f"far, GPTQ {now:.2f}, round to nearest {nearest:.2f}, in units of its last."
+            f"far, GPTQ {now:.2f}, round to nearest {nearest:.2f}, in units of "
+            "round-to-nearest's final loss."
         ),
     )
 
@@ -252,7 +253,9 @@ def layer_view(
     order = calibration.hessian.diagonal().argsort(descending=True, stable=True)
     errors = np.array([_by_channel(weight, Q, order) for Q in restored])
     ratio = losses[1] / np.where(losses[0], losses[0], 1)
-    told = [f"{loss:.2g}, {r:.2g} of rounding's" for loss, r in zip(losses[1], ratio, strict=True)]
+    told = [
+        f"{loss:.2g}, {r:.2g} times rounding's" for loss, r in zip(losses[1], ratio, strict=True)
+    ]
     rows = [
         ("bits per weight", f"{quantized.bits_per_weight:.4g}"),
         ("loss on calibration text", f"{told[0]}, {calibration.tokens} tokens"),

@@ -1,6 +1,7 @@
 """A small table for a stored notebook: HTML where it can be shown, aligned text elsewhere."""
 
 import html
+import re
 
 _LEFT = 'style="text-align: left"'
 
@@ -36,8 +37,13 @@ class Table:
 
 
 def _html_row(label, values, tag):
-    cells = "".join(f"<{tag} {_LEFT}>{escaped(value)}</{tag}>" for value in values)
+    cells = "".join(f"<{tag} {_LEFT}>{_breakable(escaped(value))}</{tag}>" for value in values)
     return f"<tr><th {_LEFT}>{escaped(label)}</th>{cells}</tr>"
+
+
+def _breakable(text):
+    """Lets a line break after the dots of a layer's name: model.layers.0.mlp.up_proj.weight."""
+    return re.sub(r"(?<=\w)\.(?=[a-z])|(?<=[a-z])\.(?=\d)", ".<wbr>", text)
 
 
 def escaped(text):

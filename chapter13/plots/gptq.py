@@ -102,12 +102,12 @@ def hessians(matrices):
             ax.grid(False)
             patches.append(f"{-(-len(diagonal) // PATCHES)}")
             power = round(np.log10(diagonal.max() / np.median(diagonal)))
-            told.append(f"{title} some 10^{power} times")
+            told.append(f"{title} about 10^{power}")
         figure.colorbar(image, ax=axes, label="|H| / median of its diagonal")
         return Picture(
             figure,
-            "Hessians as maps, on a logarithmic scale. A cell is the largest of "
-            f"{' or '.join(patches)} by as many elements. Bright rows and columns belong to "
+            "Hessians as maps, on a logarithmic scale. A cell shows the largest "
+            f"of {' or '.join(patches)} by as many elements. Bright rows and columns belong to "
             "channels with large activations. The largest element of the diagonal over its median: "
             f"{', '.join(told)}.",
         )
@@ -133,7 +133,7 @@ def damping(damps, losses, nearest):
         best = int(np.argmin(held_out))
         ring = {"marker": "o", "ms": 20, "mfc": "none", "mew": 2, "color": COLORS["text"]}
         ax.plot(damps[best], held_out[best], **ring)
-        ax.annotate("least", (damps[best], held_out[best]), (0, 14), textcoords="offset points",
+        ax.annotate("lowest", (damps[best], held_out[best]), (0, 14), textcoords="offset points",
                     ha="center", weight="bold")  # fmt: skip
         ax.set(xscale="log", yscale="log", xlabel="damping, as a fraction of the mean diagonal")
         ax.set_ylabel("layer loss")
@@ -148,8 +148,9 @@ def damping(damps, losses, nearest):
         )
         return Picture(
             figure,
-            f"Layer loss against damping. GPTQ, {told}. The held-out loss is least at "
-            f"{damps[best]:g}, with {held_out[best]:.2g}; {NEAREST} has {nearest:.2g} there.",
+            f"Layer loss against damping. GPTQ, {told}. The held-out loss is lowest "
+            f"at {damps[best]:g}, with {held_out[best]:.2g}; {NEAREST} has {nearest:.2g} on that "
+            "text.",
         )
 
 
@@ -216,7 +217,7 @@ def paired(differences, baseline):
                         textcoords="offset points", va="center", weight="bold")  # fmt: skip
         rows = {label: {label: each[0]} for label, each in differences.items()}
         draw_dot_rows(ax, rows, looks)
-        ax.set_xlabel(f"KL less that of {baseline}, nats per token")
+        ax.set_xlabel(f"KL minus that of {baseline}, nats per token")
         ax.locator_params(axis="x", nbins=7)
         ends = values.min(initial=0), values.max(initial=0)
         ax.set_xlim(ends[0] - 0.05 * np.ptp(ends), ends[1] + 0.18 * np.ptp(ends))
@@ -226,7 +227,7 @@ def paired(differences, baseline):
         )
         return Picture(
             figure,
-            f"Dots with paired 95% intervals: KL less that of {baseline}. {told}.",
+            f"Dots with paired 95% intervals: KL minus that of {baseline}. {told}.",
         )
 
 

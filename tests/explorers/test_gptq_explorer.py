@@ -96,7 +96,7 @@ def test_columns_over_the_whole_grid(bits):
         unit = done.nearest_losses[-1]
         assert f"{column} of 8" in readout
         assert re.search(rf"GPTQ +{done.losses[column] / unit:.2f}\n", readout)
-        assert re.search(rf"nearest +{done.nearest_losses[column] / unit:.2f} of", readout)
+        assert re.search(rf"nearest +{done.nearest_losses[column] / unit:.2f} \(1.00", readout)
         assert (panel.view.weights == done.weights[column]).all()
         assert np.isfinite(panel.view.losses).sum() == column + 1
         assert panel.view.moved == pytest.approx(panel.view.weights - W.double().numpy())
@@ -149,7 +149,7 @@ def test_layer_over_the_whole_grid(layers, bits):
             assert shown.ratios.tolist() == [b / a for a, b in zip(*expected, strict=True)]
             assert f"{relative_rmse(W, Q):.1%}" in shown.readout
             for loss, ratio in zip(expected[1], shown.ratios, strict=True):
-                assert f"{loss:.2g}, {ratio:.2g} of rounding's" in shown.readout
+                assert f"{loss:.2g}, {ratio:.2g} times rounding's" in shown.readout
         shown = layer_view(W, *calibrated, "affine", bits, group_size, **options)
         assert shown.losses.tolist() == [expected[0], expected[0]]
         assert (shown.ratios == 1).all()
@@ -207,7 +207,7 @@ def test_amount_and_text_choose_what_is_calibrated_on(layers):
             H = gptq.hessian(x.flatten(0, 1))
         loss = gptq.layer_loss(layer.weight, gptq.quantize(layer.weight, H, 4, 16).dequantize(), H)
         assert panel.view.losses[1, 0] == loss
-        assert f"of rounding's, {32 * amount} tokens" in panel.readout
+        assert f"times rounding's, {32 * amount} tokens" in panel.readout
     panel.close()
 
 
