@@ -92,9 +92,17 @@ if (!window.chapter13) {{
       event.target.toggleAttribute('data-lm-suppress-shortcuts', !shortcut);
   }}, true);
 }}"""
-# room for the longest value that a slider shows, or its track would change while it is dragged
-_SLIDERS = ".widget-hslider .widget-readout { min-width: 7.4em }"
-_PAGE = f'<style onload="{html.escape(_KEYS)}">{_SLIDERS}</style>'
+# Sliders leave room for the longest value that they show, or their track would change while it is
+# dragged. A panel whose kernel has gone says so: its controls still move, and nothing follows.
+_LOOK = f"""
+.widget-hslider .widget-readout {{ min-width: 7.4em }}
+.{PANEL}.jupyter-widgets-disconnected::after {{
+  content: "This panel's kernel has gone: run the notebook's cells again.";
+  order: -1; font-weight: bold;
+}}
+.{PANEL}.jupyter-widgets-disconnected img {{ opacity: 0.25 }}
+"""
+_PAGE = f'<style onload="{html.escape(_KEYS)}">{_LOOK}</style>'
 
 
 class Readout(str):

@@ -85,6 +85,15 @@ def letters_stay_in(panel, page):
     assert page.evaluate(cells) == before
 
 
+def a_lost_kernel_is_told(panel, page):
+    """Restarts the kernel: the panel, which no longer answers, says so and dims its picture."""
+    words = "panel => getComputedStyle(panel, '::after').content"
+    assert "kernel" not in panel.evaluate(words)
+    page.evaluate(f"{NOTEBOOK}.sessionContext.session.kernel.restart()")
+    wait_for(lambda: "kernel has gone" in panel.evaluate(words), "words on the lost kernel")
+    assert panel.locator("img").evaluate("img => getComputedStyle(img).opacity") < "0.5"
+
+
 def the_next_day(page, lab, name):
     """Saves the notebook, ends its kernel and opens it again: each panel has left its picture."""
     live = page.evaluate(f"{NOTEBOOK}.context.model.toJSON()")
@@ -136,6 +145,8 @@ def test_explorer_moves_in_jupyterlab(path, browser, lab):
         assert panel.locator("img").get_attribute("title"), "a picture without words"
         letters_stay_in(panel, page)
         panel.screenshot(path=SCREENSHOTS / f"{path.stem}_panel.png")
+        a_lost_kernel_is_told(panel, page)
+        panel.screenshot(path=SCREENSHOTS / f"{path.stem}_lost.png")
         the_next_day(page, lab, path.name)
         assert not outside, f"requests to the outside: {outside}"
         assert not complaints, f"the browser's console says: {complaints}"
