@@ -7,6 +7,7 @@
 """
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -38,10 +39,18 @@ def main():
     # switches off the news and update pop-ups, in this server only
     paths = [str(ROOT / "tools" / "jupyter"), os.environ.get("JUPYTER_CONFIG_PATH")]
     os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join(filter(None, paths))
-    try:
-        return subprocess.run(lab_command(sys.argv[1:]), cwd=ROOT).returncode
-    except KeyboardInterrupt:
-        return 0  # Ctrl-C is how a student stops JupyterLab
+    return run(lab_command(sys.argv[1:]))
+
+
+def run(command):
+    """Runs JupyterLab and returns its exit code. Ctrl-C and SIGTERM end both of us."""
+    with subprocess.Popen(command, cwd=ROOT) as server:
+        signal.signal(signal.SIGTERM, lambda *_: server.terminate())  # else it would keep the port
+        try:
+            return server.wait()
+        except KeyboardInterrupt:
+            server.terminate()
+            return 0  # Ctrl-C is how a student stops JupyterLab
 
 
 if __name__ == "__main__":

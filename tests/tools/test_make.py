@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -233,3 +234,17 @@ def test_lab_names_a_notebook_that_is_not_the_courses(tmp_path, name):
     (tmp_path / "elsewhere.ipynb").touch()
     with pytest.raises(SystemExit, match=says(tmp_path / name)):
         lab.lab_command([str(tmp_path / name)])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no such signals")
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_what_ends_the_launcher_ends_jupyterlab(how):
+    server = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    launcher = f"import sys; from tools import lab; lab.run([sys.executable, '-c', {server!r}])"
+    command = [sys.executable, "-c", launcher]
+    with subprocess.Popen(command, cwd=pins.ROOT, stdout=subprocess.PIPE, text=True) as process:
+        number = int(process.stdout.readline())
+        process.send_signal(how)
+        process.wait(30)
+    with pytest.raises(ProcessLookupError):
+        os.kill(number, 0)
