@@ -43,7 +43,7 @@ def _html_row(label, values, tag):
 
 def _breakable(text):
     """Lets a line break after the dots of a layer's name: model.layers.0.mlp.up_proj.weight."""
-    return re.sub(r"(?<=\w)\.(?=[a-z])|(?<=[a-z])\.(?=\d)", ".<wbr>", text)
+    return re.sub(r"\w+(\.\w+){2,}", lambda name: name[0].replace(".", ".<wbr>"), text)
 
 
 def escaped(text):
