@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.transforms import ScaledTranslation
 
 from chapter13.plots.live import LiveFigure
 from chapter13.plots.picture import (
@@ -282,9 +283,13 @@ class MemoryFigure(LiveFigure):
                 for y, memory in enumerate(reversed(cards.values()))
             ]
             handles = [Patch(label=PART_NAMES.get(part, part), **part_fill(part)) for part in parts]
-            beside = {"transform": ax.get_yaxis_transform(), "va": "center"}
-            ax.text(1.01, top, "tokens/s,\nat most", fontsize=12, **beside)
-            self._ceilings = [ax.text(1.01, y, "", **beside) for y in range(len(cards))]
+            # a distance in points: one in widths of the axes would change with the layout
+            away = ScaledTranslation(7 / 72, 0, self.figure.dpi_scale_trans)
+            beside = {"transform": ax.get_yaxis_transform() + away, "va": "center"}
+            ax.text(1, top, "tokens/s,\nat most", fontsize=12, **beside)
+            # below the heading, which keeps their room: what they say does not move the axes
+            beside["in_layout"] = False
+            self._ceilings = [ax.text(1, y, "", **beside) for y in range(len(cards))]
             handles += [
                 Patch(facecolor="#B9DDCF", edgecolor="#00634A", label="card holds it"),
                 Patch(facecolor="white", edgecolor="#777777", label="too small"),
