@@ -796,3 +796,63 @@ def test_minus_one_is_per_channel(quantize):
     assert torch.equal(ours.packed, theirs.packed)
     with pytest.raises(ValueError, match=says("-2")):
         quantize(weight, 4, -2)
+
+
+@pytest.mark.parametrize("kind", ["absmax", "affine", "nf4", "twice"])
+def test_parts_and_plan_are_all_of_a_tensor(kind):
+    tensor = QuantizedTensor(**parts_of(kind))
+    again = QuantizedTensor.from_parts(tensor.plan, tensor.parts)
+    assert again.plan == tensor.plan
+    assert list(again.parts) == list(tensor.parts)
+    assert torch.equal(again.dequantize(), tensor.dequantize())
+    named = {f"q_proj.{name}": part for name, part in tensor.parts.items()}
+    named["scale"] = named["zero_point"] = named["scale_offset"] = torch.ones(3)  # of another one
+    again = QuantizedTensor.from_parts(tensor.plan, named, "q_proj.")
+    assert torch.equal(again.dequantize(), tensor.dequantize())
+    for shape in ((4, 64), [4.0, 64], ["4", 64], "4"):
+        with pytest.raises(ValueError, match=says("shape", repr(shape))):
+            QuantizedTensor.from_parts(tensor.plan | {"shape": shape}, tensor.parts)
+
+
+def test_a_single_row_can_be_split_off():
+    weight = torch.randn(1, 48, generator=generator())
+    tensor = quantize_affine(weight, 4, 16)
+    (part,) = tensor.split([1])
+    assert part.plan == tensor.plan
+    assert torch.equal(part.dequantize(), tensor.dequantize())
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize(("columns", "group_size"), [(12, 12), (36, 12), (5, None), (9, "channel")])
+@pytest.mark.parametrize("quantize", QUANTIZERS)
+def test_pieces_of_any_size_are_the_same_weight(quantize, columns, group_size, bits, monkeypatch):
+    """With pieces as small as they can be each begins at a byte, a scale and, by rows, a row."""
+    tensor = quantize(torch.randn(7, columns, generator=generator()), bits, group_size)
+    whole = tensor.dequantize()
+    monkeypatch.setattr("chapter13.tensors.piece_size", lambda _: 1)
+    assert torch.equal(tensor.dequantize(), whole)
+    rows = list(tensor.row_pieces())
+    assert all(piece.shape[1:] == (columns,) for piece in rows)
+    assert torch.equal(torch.cat(rows), whole)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "words"),
+    [
+        ("absmax", {"packed": torch.ones(2).int()}, r"packed is int32 \[2\], not uint8 \[96\]$"),
+        (
+            "absmax",
+            {"stored_scale": torch.ones(4, 4, 1).double()},
+            r"scale is float64 \[4, 4, 1\], not float16 or float32 \[4, 4, 1\]$",
+        ),
+        ("absmax", {"shape": torch.Size((4, 8, 8))}, r"matrix, not shape \(4, 8, 8\)$"),
+        (
+            "twice",
+            {"shape": torch.Size((4, 32)), "packed": torch.zeros(64).byte()},
+            "fp4 .* scales",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_part_is_named(kind, change, words):
+    with pytest.raises(ValueError, match=words):
+        QuantizedTensor(**parts_of(kind) | change)
