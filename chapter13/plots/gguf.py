@@ -222,8 +222,8 @@ class GGUFFigure(LiveFigure):
             left.yaxis.set_major_formatter("{x:.2f}")  # labels of one width: the axes stay put
             right.set(xlim=(-1, 32), ylim=(-1.25, 1.25), xticks=[0, 8, 16, 24, 31])
             right.set(xlabel="weight of the block", ylabel="weight / absmax of the block")
-            left.set_title("the layer")
-            right.set_title("one block and its levels")
+            left.set_title("What does less error cost in bits?")
+            right.set_title("Where are a block's levels?")
             right.grid(visible=False)
             nowhere = [(np.nan, np.nan)]
             draw_curves(left, {label: (method, nowhere) for label, method in CURVES.items()}, ms=6)

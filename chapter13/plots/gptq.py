@@ -294,7 +294,7 @@ class ColumnsFigure(LiveFigure):
                     )  # fmt: skip
             x = np.arange(columns + 1)
             loss.set(xlim=(-0.3, columns + 0.3), ylim=(-0.03, 1.25), xlabel="columns rounded")
-            loss.set(ylabel=f"loss ({NEAREST} = 1)", xticks=x)
+            loss.set(ylabel=f"loss ({NEAREST} = 1)", xticks=x, title="Who ends lower?")
             self._curves = []
             for method in ("nearest", "gptq"):
                 look = method_line(method) | {"label": METHOD_LOOK[method].label}
@@ -351,7 +351,7 @@ class LayerFigure(LiveFigure):
             loss.set_yticks(range(3), self.TEXTS)
             loss.set_xticks([0, 0.5, 1, 1.5, 2])
             loss.grid(visible=False, axis="y")
-            loss.set_title("error of the outputs")
+            loss.set_title("How much of rounding's error is left?")
             self._curves = []
             for method, width in (("nearest", 4), ("gptq", 2.5)):
                 look = method_fill(method) | {"lw": width, "label": METHOD_LOOK[method].label}
@@ -361,7 +361,7 @@ class LayerFigure(LiveFigure):
             channels.get_xticklabels()[0].set_ha("left")
             channels.get_xticklabels()[2].set_ha("right")
             channels.set_xlabel("input channels")
-            channels.set_title("error of the weights, over their RMS")
+            channels.set(title="Which weights move most?", ylabel="RMS error / RMS weight")
             channels.legend(loc="lower right")
             self.animate(self._dots, *self._numbers, *self._curves)
 

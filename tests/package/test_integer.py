@@ -823,17 +823,22 @@ def test_a_single_row_can_be_split_off():
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
-@pytest.mark.parametrize(("columns", "group_size"), [(12, 12), (36, 12), (5, None), (9, "channel")])
+@pytest.mark.parametrize(
+    ("rows", "columns", "group_size"),
+    [(7, 12, 12), (7, 36, 12), (7, 5, None), (7, 9, "channel"), (1, 24, 12)],
+)
 @pytest.mark.parametrize("quantize", QUANTIZERS)
-def test_pieces_of_any_size_are_the_same_weight(quantize, columns, group_size, bits, monkeypatch):
+def test_pieces_of_any_size_are_the_same_weight(
+    quantize, rows, columns, group_size, bits, monkeypatch
+):
     """With pieces as small as they can be each begins at a byte, a scale and, by rows, a row."""
-    tensor = quantize(torch.randn(7, columns, generator=generator()), bits, group_size)
+    tensor = quantize(torch.randn(rows, columns, generator=generator()), bits, group_size)
     whole = tensor.dequantize()
     monkeypatch.setattr("chapter13.tensors.piece_size", lambda _: 1)
     assert torch.equal(tensor.dequantize(), whole)
-    rows = list(tensor.row_pieces())
-    assert all(piece.shape[1:] == (columns,) for piece in rows)
-    assert torch.equal(torch.cat(rows), whole)
+    found = list(tensor.row_pieces())
+    assert all(piece.shape[1:] == (columns,) for piece in found)
+    assert torch.equal(torch.cat(found), whole)
 
 
 @pytest.mark.parametrize(
