@@ -187,10 +187,6 @@ PICTURES = {
     shapes.memory_bars: lambda draw: draw({"float32": BREAKDOWN, "NF4": BREAKDOWN}),
     shapes.stacked_bars: lambda draw: draw({"a": {"codes": 1.0}}, "GB", "one bar", end="{:.1f}"),
     shapes.dots: lambda draw: [draw(KL, "KL"), draw(INT8_KL, "KL", log=True)][-1],
-    shapes.error_over_bits: lambda draw: [
-        draw(CURVES),
-        draw({n: (m, [p[1:] for p in points]) for n, (m, points) in CURVES.items()}, KINDS),
-    ][-1],
 }
 
 

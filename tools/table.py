@@ -280,6 +280,22 @@ IN_DOCS = (
 )
 
 
+COLUMNS = ("method", "bits per weight", "perplexity", "KL, nats per token", "95%")
+
+
+def columns(name, record):
+    """A row's COLUMNS in words."""
+    quality = record["quality"]
+    low, high = quality["kl"]["interval"]
+    return (
+        name,
+        f"{record['cost']['bits_per_weight']:.2f}",
+        f"{quality['perplexity']['value']:.2f}",
+        f"{quality['kl']['value']:.4f}",
+        f"{low:.4f} to {high:.4f}",
+    )
+
+
 def table_section(records):
     """The summary table of docs/measurements.md, from data/results.json."""
     rows = [(name, records[KEYS[name]]) for name in IN_DOCS]
@@ -287,43 +303,18 @@ def table_section(records):
         part: "; ".join(sorted({markdown.where(row[part]["environment"]) for _, row in rows}))
         for part in PARTS
     }
-    table = [
-        ("method", "bits per weight", "perplexity", "KL, nats per token", "95%", "MB", "tokens/s")
-    ]
+    table = [(*COLUMNS, "MB", "tokens/s")]
     for name, row in rows:
-        cost, quality = row["cost"], row["quality"]
-        low, high = quality["kl"]["interval"]
-        table.append(
-            (
-                name,
-                f"{cost['bits_per_weight']:.2f}",
-                f"{quality['perplexity']['value']:.2f}",
-                f"{quality['kl']['value']:.4f}",
-                f"{low:.4f} to {high:.4f}",
-                f"{cost['size_mb']:.0f}",
-                "" if cost["tokens_per_s"] is None else f"{cost['tokens_per_s']:.0f}",
-            )
-        )
+        size, speed = row["cost"]["size_mb"], row["cost"]["tokens_per_s"]
+        table.append((*columns(name, row), f"{size:.0f}", "" if speed is None else f"{speed:.0f}"))
     words = f"Losses: {where['quality']}. Memory and speed: {where['cost']}."
     return f"{markdown.table(table)}\n\n{words}\n"
 
 
 def result_section(records):
     """The README's one result, from data/results.json."""
-    table = [("method", "bits per weight", "perplexity", "KL, nats per token", "95%")]
-    for name in IN_README:
-        cost, quality = (records[KEYS[name]][part] for part in PARTS)
-        low, high = quality["kl"]["interval"]
-        table.append(
-            (
-                name,
-                f"{cost['bits_per_weight']:.2f}",
-                f"{quality['perplexity']['value']:.2f}",
-                f"{quality['kl']['value']:.4f}",
-                f"{low:.4f} to {high:.4f}",
-            )
-        )
-    return f"{markdown.table(table)}\n"
+    rows = (columns(name, records[KEYS[name]]) for name in IN_README)
+    return f"{markdown.table([COLUMNS, *rows])}\n"
 
 
 def main():

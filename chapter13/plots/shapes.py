@@ -9,7 +9,6 @@ from matplotlib.patches import Patch
 
 from chapter13.plots.picture import (
     COLORS,
-    METHOD_LOOK,
     Picture,
     method_line,
     method_named,
@@ -161,42 +160,6 @@ def draw_curves(ax, curves, **look):
     for label, (method, points) in curves.items():
         keywords = method_line(method, variant="double" in label) | look
         ax.plot(*zip(*points, strict=True), label=label, **keywords)
-
-
-def error_over_bits(curves, kinds=None):
-    """Relative RMSE against bits per weight: Picture.
-
-    curves: label -> (method, points), a point for each block size: (bits per weight, relative
-    RMSE), or (block size, bits per weight, relative RMSE); sizes are written at the first curve.
-    kinds: method -> (bits per weight, relative RMSE), single points with their names beside them.
-    """
-    plain = {
-        label: (method, [p[-2:] for p in points]) for label, (method, points) in curves.items()
-    }
-    told = {}
-    with style():
-        figure, ax = new_figure(width=10, height=4.4)
-        draw_curves(ax, plain, ms=8)
-        for size, *place in (point for point in next(iter(curves.values()))[1] if len(point) == 3):
-            ax.annotate(f"{size}", place, (6, 6), textcoords="offset points", fontsize=12)
-        for kind, point in (kinds or {}).items():
-            ax.plot(*point, **method_line(kind), ms=16, zorder=5)
-            ax.annotate(METHOD_LOOK[kind].label, point, (11, 7), textcoords="offset points",
-                        weight="bold")  # fmt: skip
-            told[kind] = point
-        if kinds:
-            ax.set_xlim(4, 5.4)
-        ax.set(xlabel="bits per weight, scales included", ylabel="relative RMSE")
-        ax.legend(loc="upper right")
-        for label, (_, points) in ({} if kinds else plain).items():
-            told[label] = min(points, key=lambda point: abs(point[0] - 4.25))
-        what = "llama.cpp's formats" if kinds else "Nearest to 4.25 bits"
-        words = "; ".join(f"{name} {e:.3g} at {bits:.4g} bits" for name, (bits, e) in told.items())
-        return Picture(
-            figure,
-            "Error against bits per weight, a curve for each method and a point for each block "
-            f"size. {what}: {words}.",
-        )
 
 
 def draw_rounding(ax, values, levels, landed, look):

@@ -105,24 +105,6 @@ def test_dots_lie_at_their_values_within_their_intervals(log):
     assert "95% intervals, KL: NF4 0.3, GPTQ 0.21, another 0.5" in shown.alt
 
 
-def test_error_over_bits_draws_curves_and_single_points():
-    curves = {"absmax": ("absmax", [(32, 5.0, 0.08), (64, 4.5, 0.09)])}
-    figure, shown = drawn(shapes.error_over_bits, curves)
-    assert points(line_of(figure.axes[0], "absmax")) == [(5.0, 0.08), (4.5, 0.09)]
-    assert [(text.get_text(), text.xy) for text in figure.axes[0].texts] == [
-        ("32", (5.0, 0.08)),
-        ("64", (4.5, 0.09)),
-    ]
-    assert "absmax 0.09 at 4.5 bits" in shown.alt
-
-    figure, shown = drawn(
-        shapes.error_over_bits, {"NF4": ("nf4", [(4.5, 0.1)])}, {"Q4_0": (4.5, 0.09)}
-    )
-    assert points(figure.axes[0].lines[1]) == [(4.5, 0.09)]
-    assert texts(figure.axes[0]) == ["Q4_0"]
-    assert "Q4_0 0.09 at 4.5 bits" in shown.alt
-
-
 # --- notebook 00 ------------------------------------------------------------------------------
 
 
