@@ -11,13 +11,13 @@ import pytest
 from PIL import Image, ImageChops
 
 from tools.browser import NOTEBOOK, ROOT, explorer, jupyterlab, wait_for
+from tools.notebooks import WIDGET_VIEW
 
 NOTEBOOKS = [
     path
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     if "chapter13.explorers" in path.read_text(encoding="utf-8")
 ]
-VIEW = "application/vnd.jupyter.widget-view+json"
 WHAT = "THE EXPLORERS WERE"
 SCREENSHOTS = ROOT / "screenshots"
 
@@ -100,7 +100,7 @@ def the_next_day(page, lab, name):
     panels = [
         index
         for index, cell in enumerate(live["cells"])
-        if any(VIEW in output.get("data", {}) for output in cell.get("outputs", ()))
+        if any(WIDGET_VIEW in output.get("data", {}) for output in cell.get("outputs", ()))
     ]
     assert panels
     page.evaluate("jupyterapp.commands.execute('docmanager:save')")

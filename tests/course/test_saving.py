@@ -8,8 +8,7 @@ import nbformat
 import pytest
 
 from tools.browser import ROOT
-
-LINK = "application/vnd.jupyter.widget-view+json"
+from tools.notebooks import WIDGET_VIEW as LINK
 
 
 @pytest.fixture(scope="module")
